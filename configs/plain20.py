@@ -1,0 +1,12 @@
+"""Plain-20: ResNet-20 without its shortcuts (paper, section 4.2, figure 6 left).
+
+python scripts/train_flax.py --config configs/plain20.py
+"""
+
+from flax_resnet.config import Experiment, Shortcut
+
+
+def get_config() -> Experiment:
+    config = Experiment()
+    config.model.shortcut = Shortcut.PLAIN
+    return config

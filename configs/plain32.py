@@ -1,0 +1,13 @@
+"""Plain-32: ResNet-32 without its shortcuts (paper, section 4.2, figure 6 left).
+
+python scripts/train_flax.py --config configs/plain32.py
+"""
+
+from flax_resnet.config import Experiment, Shortcut
+
+
+def get_config() -> Experiment:
+    config = Experiment()
+    config.model.depth = 32
+    config.model.shortcut = Shortcut.PLAIN
+    return config

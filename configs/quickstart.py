@@ -1,0 +1,19 @@
+"""ResNet-8 on scikit-learn's handwritten digits: no download, about a minute on two cores.
+
+python scripts/train_flax.py --config configs/quickstart.py
+"""
+
+from flax_resnet.config import Dataset, Experiment
+
+
+def get_config() -> Experiment:
+    config = Experiment()
+    config.model.depth = 8
+    config.data.name = Dataset.DIGITS
+    config.data.flip = False  # a mirrored 2 is no digit
+    config.optim.boundaries = (150, 200)
+    config.train.steps = 250
+    config.train.log_every = 10
+    config.train.evaluate_every = 50
+    config.train.checkpoint_every = 50
+    return config

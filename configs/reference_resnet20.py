@@ -1,0 +1,13 @@
+"""ResNet-20 A with the network and the recipe of the PyTorch system that this project reimplements.
+
+python scripts/train_flax.py --config configs/reference_resnet20.py
+"""
+
+from flax_resnet.config import Experiment, Preprocess, ResNetConfig
+
+
+def get_config() -> Experiment:
+    config = Experiment(model=ResNetConfig.reference(20))
+    config.data.preprocess = Preprocess.REFERENCE
+    config.data.flip = False
+    return config

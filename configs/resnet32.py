@@ -1,0 +1,12 @@
+"""ResNet-32 with zero-padded shortcuts (paper, section 4.2, table 6: 7.51 % test error).
+
+python scripts/train_flax.py --config configs/resnet32.py
+"""
+
+from flax_resnet.config import Experiment
+
+
+def get_config() -> Experiment:
+    config = Experiment()
+    config.model.depth = 32
+    return config

@@ -1,0 +1,12 @@
+"""ResNet-56 with zero-padded shortcuts (paper, section 4.2, table 6: 6.97 % test error).
+
+python scripts/train_flax.py --config configs/resnet56.py
+"""
+
+from flax_resnet.config import Experiment
+
+
+def get_config() -> Experiment:
+    config = Experiment()
+    config.model.depth = 56
+    return config

@@ -1,0 +1,60 @@
+"""Batch normalisation (Ioffe & Szegedy 2015) with PyTorch's statistics.
+
+`nnx.BatchNorm` cannot be bent to them: it keeps a biased running variance, in float32 whatever
+`param_dtype` says, from a one-pass variance that can go negative (google/flax#1491).
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+
+class BatchNorm(nnx.Module):
+    """y = (x - mean) / sqrt(var + epsilon) * scale + bias, per channel.
+
+    In training mode mean and (biased) variance are the batch's, and the running ones move towards
+    the batch's mean and *unbiased* variance; in evaluation mode the running ones are used.
+
+    Args:
+        num_features: channels of x.
+        momentum: weight of the new batch in the running statistics: PyTorch's convention, one
+            minus Flax's.
+        dtype: of the result; the arithmetic is done in `param_dtype`.
+        param_dtype: of scale, bias and the running statistics.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        momentum: float = 0.1,
+        epsilon: float = 1e-5,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.use_running_average = False  # set by `nnx.Module.train` and `eval`
+        self.scale = nnx.Param(jnp.ones(num_features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(num_features, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(num_features, param_dtype))
+        self.var = nnx.BatchStat(jnp.ones(num_features, param_dtype))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        x = x.astype(self.scale.dtype)
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            # Two passes: E[x^2] - E[x]^2 cancels when the mean is far from zero.
+            mean = x.mean((0, 1, 2))
+            var = jnp.square(x - mean).mean((0, 1, 2))
+            n = x.size // x.shape[-1]
+            self.mean[...] = self._running(self.mean[...], mean)
+            self.var[...] = self._running(self.var[...], var * (n / (n - 1)))
+        y = (x - mean) * (lax.rsqrt(var + self.epsilon) * self.scale[...]) + self.bias[...]
+        return y.astype(self.dtype)
+
+    def _running(self, old: Float[Array, " c"], new: Float[Array, " c"]) -> Float[Array, " c"]:
+        return (1 - self.momentum) * old + self.momentum * lax.stop_gradient(new)

@@ -1,0 +1,138 @@
+"""Orbax checkpoints of a TrainState, each with a digest, so that no damaged one is ever used."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from flax_resnet.errors import CheckpointError, TrainingError
+from flax_resnet.train import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one directory: the two newest and the best are kept.
+
+    Use as a context manager; leaving it waits for the save under way.
+
+    Args:
+        directory: made when the first checkpoint is saved.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory.absolute()
+        policies = [
+            preservation_policy.LatestN(2),
+            preservation_policy.BestN(
+                get_metric_fn=lambda metrics: metrics["error"],
+                reverse=True,  # Orbax keeps the last n of the sorted list
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=lambda metrics: metrics["error"],
+            best_mode="min",
+            cleanup_tmp_directories=True,
+        )
+        self.manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=("state", "meta")
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.manager.close()
+
+    def save(self, state: TrainState, error: float | None) -> None:
+        """Starts saving `state`; `error` (None: not measured) decides which one is the best.
+
+        Raises:
+            TrainingError: a number in it is not finite; nothing is saved.
+        """
+        step = int(state.step)
+        for name, array in named_leaves(state):
+            if not np.isfinite(array).all():
+                raise TrainingError(f"not finite at step {step}: {name}; nothing saved")
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                meta=ocp.args.JsonSave({"digest": digest(state)}),
+            ),
+            metrics=None if error is None else {"error": error},
+        )
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
+        """The newest good checkpoint, or the one of `step`; None if there is none at all.
+
+        Args:
+            like: gives structure, shapes, types and shardings.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none that is whole.
+        """
+        steps = sorted(self.manager.all_steps(read=True), reverse=True)
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}, only {steps}")
+        for candidate in steps if step is None else [step]:
+            try:
+                state = self._restore_one(like, candidate)
+            except CheckpointError as e:
+                log.warning("%s", e)
+            else:
+                return state
+        if steps:
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} is whole (tried steps {steps}); "
+                "restore a copy, or remove the directory to start again"
+            )
+        return None
+
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the lowest error."""
+        return self.manager.best_step()
+
+    def _restore_one(self, like: TrainState, step: int) -> TrainState:
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self.manager.restore(step, args=args)
+        # Orbax and TensorStore raise bare Exceptions for damaged files, so nothing narrower serves.
+        except Exception as e:
+            reason = " ".join(str(e).split())[:200]
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} cannot be read: {reason}"
+            ) from e
+        if digest(restored.state) != (restored.meta or {}).get("digest"):
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} is damaged: its digest differs"
+            )
+        return restored.state
+
+
+def digest(state: TrainState) -> str:
+    """SHA-256 of every leaf's name, type, shape and bytes."""
+    sha = hashlib.sha256()
+    for name, array in named_leaves(state):
+        sha.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()
+
+
+def named_leaves(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Each leaf with its path, such as `.params['fc']['kernel']`."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+        yield jax.tree_util.keystr(path), np.asarray(leaf)

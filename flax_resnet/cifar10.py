@@ -1,0 +1,282 @@
+"""CIFAR-10 through tensorflow-datasets, prepared and read with no TensorFlow.
+
+TFDS reads `array_record` files without TensorFlow, but needs it to prepare CIFAR-10. The builder
+here replaces the two steps that do (unpacking the archive, encoding PNG) and writes what TFDS
+would have written: stock `tfds.builder("cifar10", data_dir=...)` reads it.
+
+Nothing is believed unseen: the archive has a known digest, each record its hash (array_record's),
+the decoded copy in the cache a digest of ours.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import io
+import logging
+import os
+import shutil
+import tarfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from filelock import FileLock
+from PIL import Image
+from tqdm import tqdm
+
+from flax_resnet.errors import DatasetError
+
+ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+ARCHIVE_BYTES = 170_052_171
+ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+VERSION = "3.0.2"
+
+_SPLITS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+_TIMEOUT_SECONDS = 10  # to connect, and between two pieces of the download
+_CACHE_FORMAT = 1  # to be raised with every change to the layout of a cache entry
+
+_log = logging.getLogger(__name__)
+
+
+class Examples(NamedTuple):
+    """The images and labels of one split, in the order of the original archive."""
+
+    image: np.ndarray  # uint8 (n, 32, 32, 3)
+    label: np.ndarray  # int32 (n,)
+
+
+def load(data_dir: str | None = None) -> dict[str, Examples]:
+    """Returns CIFAR-10, first downloaded and prepared if `data_dir` does not hold it.
+
+    Args:
+      data_dir: TFDS's data directory, the one with `cifar10/3.0.2` inside. By default TFDS's own
+        choice: TFDS_DATA_DIR of the environment, else ~/tensorflow_datasets.
+
+    Returns:
+      `{"train": Examples, "test": Examples}`, sorted by TFDS's `id`: the same order whatever the
+      sharding. A decoded copy is kept in `flax-resnet` under XDG_CACHE_HOME, by default ~/.cache.
+
+    Raises:
+      DatasetError: the dataset is damaged, or is not there and cannot be had.
+    """
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if "://" in data_dir:
+        raise DatasetError(f"the data directory must be a local path, got {data_dir}")
+    root = Path(data_dir).expanduser()
+    dataset = root / "cifar10" / VERSION
+    if not dataset.exists():
+        _prepare(root, dataset)
+    builder, fingerprint = _open(dataset)
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax-resnet"
+    stem = f"cifar10-{_sha256(os.fspath(dataset.resolve()))[:16]}"
+    entry = cache / f"{stem}-{fingerprint[:16]}.npy"
+    examples = None
+    try:
+        examples = _read_cache(entry)
+        if examples is None:
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / f"{stem}.lock"):
+                examples = _read_cache(entry)  # another process may have written it meanwhile
+                if examples is None:
+                    examples = _decode(builder)
+                    for old in cache.glob(f"{stem}-*"):
+                        old.unlink()
+                    _write_cache(entry, examples)
+    except OSError as error:
+        _log.warning("going on without a cache of decoded images: %s", error)
+    return examples or _decode(builder)
+
+
+class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
+    """TFDS's CIFAR-10 (name, version, features, ids) made from the archive without TensorFlow."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"Put {ARCHIVE_URL} there."
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        archive = dl_manager.manual_dir / Path(ARCHIVE_URL).name
+        features: Any = self.info.features
+        features["label"].names = _read_member(archive, "batches.meta.txt").decode().split()
+        return {split: _read_split(archive, split) for split in _SPLITS}
+
+
+def _read_split(archive: Path, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    data = b"".join(_read_member(archive, batch) for batch in _SPLITS[split])
+    # A record is the label, then the image, one channel after the other.
+    for index, record in enumerate(np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)):
+        image = np.ascontiguousarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
+        # A PIL image, because TFDS encodes an array with TensorFlow.
+        example = {"image": Image.fromarray(image), "label": int(record[0])}
+        yield index, {"id": f"{split}_{index:05d}", **example}
+
+
+def _read_member(archive: Path, name: str) -> bytes:
+    """Reads one file of the archive by its exact name; nothing is unpacked onto the disk."""
+    with tarfile.open(archive) as tar:
+        file = tar.extractfile(f"cifar-10-batches-bin/{name}")
+        if file is None:
+            raise ValueError(f"{name} is not a file in {archive}")
+        return file.read()
+
+
+def _prepare(root: Path, dataset: Path) -> None:
+    """Makes `dataset`, all or nothing, and once however many processes ask for it."""
+    # `manual` is where TFDS, too, looks for what was downloaded by hand.
+    archive = root / "downloads" / "manual" / Path(ARCHIVE_URL).name
+    # A fixed name: the next attempt clears away what a killed one has left.
+    incomplete = root / "downloads" / "cifar10.incomplete"
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / "downloads" / "cifar10.lock"):
+            if dataset.exists():
+                return
+            _fetch(archive)
+            shutil.rmtree(incomplete, ignore_errors=True)
+            builder = Cifar10(data_dir=incomplete)
+            config = tfds.download.DownloadConfig(manual_dir=archive.parent)
+            # TFDS prints to stdout that it does not know the size, and a path soon gone.
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(download_config=config, file_format="array_record")
+            made = Path(builder.data_dir)
+            _decode(_open(made)[0])  # Published only once every record has been read back.
+            dataset.parent.mkdir(exist_ok=True)
+            made.rename(dataset)
+            shutil.rmtree(incomplete)
+    except DatasetError:
+        raise
+    except Exception as error:  # TFDS and array_record do not say what they raise.
+        raise DatasetError(
+            f"cannot prepare CIFAR-10 in {root} ({_reason(error)}): mend that, or give another data"
+            " directory"
+        ) from error
+
+
+def _fetch(archive: Path) -> None:
+    """Checks `archive`, or downloads it: under its name only once it has the right digest."""
+    partial = archive.with_name(archive.name + ".partial")
+    try:
+        if archive.exists():
+            _check_archive(archive)
+            return
+        with (
+            urllib.request.urlopen(ARCHIVE_URL, timeout=_TIMEOUT_SECONDS) as response,
+            partial.open("wb") as file,
+            tqdm(total=ARCHIVE_BYTES, unit="B", unit_scale=True, desc=archive.name) as progress,
+        ):
+            # One that is too long will be refused: it need not fill the disk first.
+            while file.tell() <= ARCHIVE_BYTES and (piece := response.read(1 << 20)):
+                file.write(piece)
+                progress.update(len(piece))
+        _check_archive(partial)
+        partial.replace(archive)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise DatasetError(
+            f"no CIFAR-10 archive ({_reason(error)}): fetch {ARCHIVE_URL} and put it at {archive}"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_archive(path: Path) -> None:
+    with path.open("rb") as file:
+        size, sha256 = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    if (size, sha256) != (ARCHIVE_BYTES, ARCHIVE_SHA256):
+        raise ValueError(
+            f"{path} must have {ARCHIVE_BYTES} bytes and sha256 {ARCHIVE_SHA256}, got {size} bytes"
+            f" and sha256 {sha256}"
+        )
+
+
+def _open(dataset: Path) -> tuple[tfds.core.DatasetBuilder, str]:
+    """Opens a prepared dataset; the string changes when the dataset does."""
+    try:
+        builder = tfds.builder_from_directory(dataset, file_format="array_record")
+        shards = [Path(path) for split in _SPLITS for path in builder.info.splits[split].filepaths]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
+        info = (dataset / "dataset_info.json").read_text()
+    except Exception as error:  # TFDS does not say what it raises on damaged files.
+        raise DatasetError(
+            f"cannot read {dataset} as array_record, which needs no TensorFlow ({_reason(error)}):"
+            " delete it to have it prepared anew, or give another data directory"
+        ) from error
+    return builder, _sha256(repr((_CACHE_FORMAT, info, stats)))
+
+
+def _decode(builder: tfds.core.DatasetBuilder) -> dict[str, Examples]:
+    """Reads and decodes all records, about 10,000 a second."""
+    return {split: _decode_split(builder, split) for split in _SPLITS}
+
+
+def _decode_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
+    info = builder.info.splits[split]
+    image = np.empty((info.num_examples, 32, 32, 3), np.uint8)
+    label = np.empty(info.num_examples, np.int32)
+    ids: list[bytes] = []
+    # PNG is decoded here: TFDS does the same with PIL, but warns that OpenCV would be faster.
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    as_data_source: Any = builder.as_data_source  # A decorator hides its signature from pyright.
+    source = as_data_source(split, decoders=decoders)
+    for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
+        try:  # A shard at a time, so that the error can name it.
+            # array_record opens a file that was cut short as one of 0 records.
+            if (found := len(ArrayRecordDataSource([os.fspath(path)]))) != length:
+                raise ValueError(f"{found} records instead of {length}")
+            for example in source.__getitems__(range(len(ids), len(ids) + length)):
+                image[len(ids)] = np.asarray(Image.open(io.BytesIO(example["image"])))
+                label[len(ids)] = example["label"]
+                ids.append(example["id"])
+        except Exception as error:  # Neither array_record nor TFDS says what it raises.
+            raise DatasetError(
+                f"{path} is damaged ({_reason(error)}): delete {builder.data_dir} to have it"
+                " prepared anew"
+            ) from error
+    order = np.argsort(np.array(ids))
+    return Examples(image[order], label[order])
+
+
+def _read_cache(entry: Path) -> dict[str, Examples] | None:
+    """Returns what `_write_cache` stored; None, and no file, if it is not the same to the bit."""
+    try:
+        with entry.open("rb") as file:
+            digest = file.read(32)
+            if digest == hashlib.file_digest(file, "sha256").digest():
+                file.seek(32)
+                arrays = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(4)]
+                return {"train": Examples(*arrays[:2]), "test": Examples(*arrays[2:])}
+    except FileNotFoundError:
+        return None
+    _log.warning("%s is damaged: removed, to be decoded again", entry)
+    entry.unlink(missing_ok=True)
+    return None
+
+
+def _write_cache(entry: Path, examples: dict[str, Examples]) -> None:
+    """Stores the four arrays behind the sha256 of their bytes; the caller holds the lock."""
+    partial = entry.with_suffix(".partial")
+    try:
+        with partial.open("w+b") as file:
+            file.write(bytes(32))
+            for array in (*examples["train"], *examples["test"]):
+                np.lib.format.write_array(file, array, allow_pickle=False)
+            file.seek(32)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0)
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(entry)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """One line: what TFDS and array_record raise may have several."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

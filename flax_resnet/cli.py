@@ -1,0 +1,97 @@
+"""Flags, messages and exit codes that the scripts share."""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from flax_resnet.config import DType, Experiment
+from flax_resnet.errors import ConfigError, UserError
+
+USER_ERROR = 2  # exit code
+
+
+def define_config(**kwargs: Any) -> flags.FlagHolder:
+    """`--config FILE.py`, whose `get_config` gives an Experiment, and `--config.a.b=value`."""
+    return config_flags.DEFINE_config_file(
+        "config", help_string="experiment: a file of configs/", lock_config=False, **kwargs
+    )
+
+
+def experiment(flag: flags.FlagHolder) -> Experiment:
+    """The flag's value, overrides included, checked. Switches 64-bit arithmetic on if it asks.
+
+    Raises ConfigError if a setting breaks a rule.
+    """
+    config: Experiment = flag.value
+    config.validate()
+    jax.config.update("jax_enable_x64", config.model.dtype is DType.FLOAT64)
+    return config
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags and calls `main`. A user's mistake becomes one line and exit code 2."""
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and TFDS speak to their own developers
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("flax_resnet")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    app.run(lambda argv: guarded(lambda: call(main, argv)), flags_parser=parse_flags)
+
+
+def call(main: Callable[[], None], argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise ConfigError(f"no such argument: {argv[1]!r}; settings are --config.NAME=VALUE")
+    main()
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with errors that name the setting and what it may be."""
+
+    def parse() -> list[str]:
+        for argument in argv[1:]:
+            check_setting(argument)
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, TypeError, KeyError) as e:
+            raise ConfigError(str(e).strip().splitlines()[-1]) from e
+
+    return guarded(parse)
+
+
+def check_setting(argument: str) -> None:
+    """Raises ConfigError if `--config.a.b=value` names a field that an Experiment lacks."""
+    name, _, _ = argument.lstrip("-").partition("=")
+    if not argument.startswith("-") or not name.startswith("config."):
+        return
+    holder: Any = Experiment
+    for part in name.split(".")[1:]:
+        types = {f.name: f.type for f in dataclasses.fields(holder)} if is_group(holder) else {}
+        if part not in types:
+            known = f"there are {', '.join(types)}" if types else "it has no parts"
+            raise ConfigError(f"no such setting: {name} ({part!r} is unknown; {known})")
+        holder = types[part]
+
+
+def is_group(type_: Any) -> bool:
+    return dataclasses.is_dataclass(type_)
+
+
+def guarded(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except (UserError, OSError) as e:
+        message = " ".join(str(e).split())
+        print(f"error: {message}", file=sys.stderr)
+        if os.environ.get("FLAX_RESNET_TRACEBACK"):
+            raise
+        sys.exit(USER_ERROR)

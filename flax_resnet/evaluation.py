@@ -1,0 +1,48 @@
+"""Loss and error over a whole split, every example once."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_resnet import data, sharding
+from flax_resnet.cifar10 import Examples
+from flax_resnet.data import Normalization
+from flax_resnet.resnet import param_dtype
+from flax_resnet.config import ResNetConfig
+from flax_resnet.train import Metrics, Program, Tree, eval_step
+
+Evaluate = Callable[[Tree, Tree, Examples], dict[str, float]]
+
+
+def make_evaluate(
+    config: ResNetConfig, program: Program, constants: Normalization, mesh: Mesh, batch_size: int
+) -> Evaluate:
+    """A function of (params, batch_stats, examples) that gives {"loss": mean, "error": fraction}.
+
+    Args:
+        batch_size: examples at a time, rounded up to a multiple of the number of devices; the
+            last batch is padded, and the padding counts nowhere.
+    """
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    everywhere, by_example = sharding.replicated(mesh), sharding.split_batch(mesh)
+
+    def step(
+        total: Metrics, params: Tree, batch_stats: Tree, examples: Examples, index: jax.Array
+    ) -> Metrics:
+        batch = data.evaluation_batch(examples, index, constants, param_dtype(config))
+        return total.plus(eval_step(program, params, batch_stats, batch))
+
+    call = sharding.compile_step(step, mesh, donate=True)
+
+    def evaluate(params: Tree, batch_stats: Tree, examples: Examples) -> dict[str, float]:
+        total = sharding.put(Metrics.zeros(), everywhere)
+        size = len(examples.label)
+        for start in range(0, size, batch_size):
+            index = np.arange(start, start + batch_size, dtype=np.int32)
+            index = sharding.put(np.where(index < size, index, -1), by_example)
+            total = call(total, params, batch_stats, examples, index)
+        return total.mean()
+
+    return evaluate

@@ -1,0 +1,81 @@
+"""What a run leaves for people to read: metrics.jsonl, TensorBoard events and curves.png."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")  # no display is needed, and none is opened
+import matplotlib.pyplot as plt
+from tensorboardX import SummaryWriter
+
+Row = dict[str, Any]  # step, split, loss, error, and what else was measured
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl and to TensorBoard's events.
+
+    Args:
+        workdir: where both are.
+        step: of the state that training goes on from; what was logged after it is dropped.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        path = workdir / "metrics.jsonl"
+        self.rows = [row for row in read_metrics(path) if row["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.replace(path)
+        self.file = path.open("a", buffering=1)  # line by line, so that a kill loses none
+        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+    def append(self, row: Row) -> None:
+        """Writes one row. It has step and split; its other numbers become TensorBoard scalars."""
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name not in ("step", "split"):
+                self.tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+
+def read_metrics(path: Path) -> Iterator[Row]:
+    """Rows of a metrics.jsonl; a last line that was cut off by a kill is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def plot_curves(rows: list[Row], path: Path, title: str) -> None:
+    """Error and loss against the step as in the paper's figure 6: bold test, light training."""
+    styles = {
+        "train": {"color": "tab:blue", "lw": 1, "alpha": 0.6, "label": "training"},
+        "validation": {"color": "tab:green", "lw": 2, "label": "validation"},
+        "test": {"color": "tab:red", "lw": 2, "label": "test", "marker": "o", "ms": 3},
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, name, unit in zip(axes, ("error", "loss"), (100, 1), strict=True):
+        for split, style in styles.items():
+            points = [(row["step"], row[name] * unit) for row in rows if row["split"] == split]
+            if points:
+                axis.plot(*zip(*points, strict=True), **style)
+        axis.set_xlabel("step")
+        axis.set_ylabel("error (%)" if name == "error" else "cross-entropy (nats)")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

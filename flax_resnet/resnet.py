@@ -1,0 +1,186 @@
+"""Residual networks for CIFAR-10: He, Zhang, Ren and Sun 2015, section 4.2.
+
+Lay `torch_ref/resnet.py` beside it: the two differ in `nnx` against `nn`, and in NHWC against NCHW.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flax_resnet.batch_norm import BatchNorm
+from flax_resnet.config import (
+    ChannelPad,
+    DType,
+    Projection,
+    ProjectionInit,
+    ResNetConfig,
+    Shortcut,
+    Stem,
+)
+from flax_resnet.cpu import add_relu
+
+kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")  # not truncated
+
+
+class ResNet(nnx.Module):
+    """Stem, three stages of n blocks with 16, 32 and 64 filters, global average, classifier.
+
+    Args:
+        config: depth 6n + 2, kind of shortcut and the other options.
+        rngs: its `params` stream initialises the weights.
+
+    Raises:
+        ConfigError: the depth is not 6n + 2.
+    """
+
+    def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
+        config.validate()
+        self.conv1 = conv3x3(config, 3, 16, rngs=rngs)
+        self.bn1 = batch_norm(config, 16) if config.stem is Stem.CONV_BN_RELU else None
+        self.stages = nnx.List()
+        c_in = 16
+        for c_out in (16, 32, 64):
+            stage = nnx.List()
+            for i in range(config.blocks_per_stage):
+                stride = 2 if i == 0 and c_out > 16 else 1
+                stage.append(BasicBlock(config, c_in, c_out, stride, rngs=rngs))
+                c_in = c_out
+            self.stages.append(stage)
+        self.fc = linear(config, 64, config.num_classes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
+        """Logits of a batch of preprocessed images, in the parameters' type."""
+        x = self.conv1(x)
+        if self.bn1 is not None:
+            x = nnx.relu(self.bn1(x))
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return self.fc(x.mean((1, 2)))
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions around a shortcut: relu(residual(x) + shortcut(x)) (paper, figure 2)."""
+
+    def __init__(
+        self, config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs
+    ):
+        self.conv1 = conv3x3(config, c_in, c_out, stride, rngs=rngs)
+        self.bn1 = batch_norm(config, c_out)
+        self.conv2 = conv3x3(config, c_out, c_out, rngs=rngs)
+        self.bn2 = batch_norm(config, c_out)
+        self.shortcut = make_shortcut(config, c_in, c_out, stride, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        y = nnx.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return nnx.relu(y) if self.shortcut is None else add_relu(y, self.shortcut(x))
+
+
+class ZeroPad(nnx.Module):
+    """Option A: every stride-th pixel, and new channels that are zero."""
+
+    def __init__(self, channel_pad: ChannelPad, c_in: int, c_out: int, stride: int):
+        self.stride = stride
+        new = c_out - c_in
+        before = new // 2 if channel_pad is ChannelPad.CENTRE else 0
+        self.pad = (before, new - before)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        x = x[:, :: self.stride, :: self.stride, :]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), self.pad))
+
+
+class Projection1x1(nnx.Module):
+    """Options B and C: a 1x1 convolution, with BatchNorm or (the reference) with a bias."""
+
+    def __init__(
+        self, config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs
+    ):
+        average = nnx.initializers.constant(1 / c_in)
+        self.conv = nnx.Conv(
+            c_in,
+            c_out,
+            (1, 1),
+            strides=stride,
+            padding=0,
+            use_bias=config.projection is Projection.CONV_BIAS,
+            kernel_init=(
+                average if config.projection_init is ProjectionInit.AVERAGE else kaiming_normal
+            ),
+            dtype=compute_dtype(config),
+            param_dtype=param_dtype(config),
+            rngs=rngs,
+        )
+        has_bn = config.projection is Projection.CONV_BN
+        self.bn = batch_norm(config, c_out) if has_bn else None
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        x = self.conv(x)
+        return x if self.bn is None else self.bn(x)
+
+
+class Identity(nnx.Module):
+    """The shortcut of options A and B where the shape stays."""
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return x
+
+
+def make_shortcut(
+    config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs
+) -> nnx.Module | None:
+    """What joins a block's input to its residual; None in a plain network."""
+    same_shape = c_in == c_out and stride == 1
+    match config.shortcut:
+        case Shortcut.PLAIN:
+            return None
+        case Shortcut.A | Shortcut.B if same_shape:
+            return Identity()
+        case Shortcut.A:
+            return ZeroPad(config.channel_pad, c_in, c_out, stride)
+        case Shortcut.B | Shortcut.C:
+            return Projection1x1(config, c_in, c_out, stride, rngs=rngs)
+
+
+def conv3x3(
+    config: ResNetConfig, c_in: int, c_out: int, stride: int = 1, *, rngs: nnx.Rngs
+) -> nnx.Conv:
+    return nnx.Conv(
+        c_in,
+        c_out,
+        (3, 3),
+        strides=stride,
+        padding=1,  # on both sides, like PyTorch: at stride 2 "SAME" pads (0, 1)
+        use_bias=config.conv_bias,
+        kernel_init=kaiming_normal,
+        dtype=compute_dtype(config),
+        param_dtype=param_dtype(config),
+        rngs=rngs,
+    )
+
+
+def batch_norm(config: ResNetConfig, num_features: int) -> BatchNorm:
+    return BatchNorm(num_features, dtype=compute_dtype(config), param_dtype=param_dtype(config))
+
+
+def linear(config: ResNetConfig, c_in: int, c_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        c_in,
+        c_out,
+        kernel_init=kaiming_normal,
+        dtype=param_dtype(config),  # the loss is never computed in bfloat16
+        param_dtype=param_dtype(config),
+        rngs=rngs,
+    )
+
+
+def compute_dtype(config: ResNetConfig) -> jnp.dtype:
+    return jnp.dtype(config.dtype.value)
+
+
+def param_dtype(config: ResNetConfig) -> jnp.dtype:
+    """Parameters and statistics keep float32 under bfloat16."""
+    return jnp.dtype("float64" if config.dtype is DType.FLOAT64 else "float32")
+
+

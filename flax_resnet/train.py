@@ -1,0 +1,118 @@
+"""One training step and one evaluation step: pure functions, state in, state out."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from flax_resnet.config import Experiment
+from flax_resnet.data import Batch
+from flax_resnet.optim import make_optimizer
+from flax_resnet.resnet import ResNet
+
+Tree = Any  # nested dicts of arrays
+
+
+class Metrics(NamedTuple):
+    """Sums over examples, so that they add up across batches."""
+
+    loss: Float[Array, ""]
+    errors: Int[Array, ""]
+    examples: Int[Array, ""]
+
+    @classmethod
+    def zeros(cls) -> "Metrics":
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def plus(self, other: "Metrics") -> "Metrics":
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), self, other)
+
+    def mean(self) -> dict[str, float]:
+        """Loss per example and fraction of errors, fetched to the host."""
+        loss, errors, examples = jax.device_get(self)
+        return {"loss": float(loss / examples), "error": float(errors / examples)}
+
+
+class TrainState(NamedTuple):
+    """All that a run is: nothing else must survive for it to go on as if never stopped."""
+
+    step: Int[Array, ""]
+    params: Tree
+    batch_stats: Tree
+    opt_state: optax.OptState
+    metrics: Metrics  # since the last line of the log
+
+
+class Program(NamedTuple):
+    """The static half of training: what is compiled, not saved."""
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+
+
+def init(config: Experiment) -> tuple[Program, TrainState]:
+    """A network and its optimizer at step 0, a function of `config.seed` alone."""
+    model = ResNet(config.model, rngs=nnx.Rngs(config.seed))
+    optimizer = make_optimizer(config.optim)
+    graphdef, params, batch_stats = split(model)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        metrics=Metrics.zeros(),
+    )
+    return Program(graphdef, optimizer), state
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """A module as its structure, its parameters and its running statistics."""
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One SGD step; the metrics are those of `batch` before the step.
+
+    Under a mesh, BatchNorm sees the whole batch, not a shard.
+    """
+
+    def loss_fn(params: Tree) -> tuple[Float[Array, ""], tuple[Tree, Metrics]]:
+        # copy: BatchNorm writes its statistics, and `state` is not ours to write.
+        model = nnx.merge(program.graphdef, params, state.batch_stats, copy=True)
+        metrics = measure(model(batch.image), batch.label)
+        batch_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        return metrics.loss / metrics.examples, (batch_stats, metrics)
+
+    grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+    state = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        metrics=state.metrics.plus(metrics),
+    )
+    return state, metrics
+
+
+def eval_step(program: Program, params: Tree, batch_stats: Tree, batch: Batch) -> Metrics:
+    """Loss and errors of `batch` under the running statistics."""
+    model = nnx.merge(program.graphdef, params, batch_stats, copy=True)
+    model.eval()
+    return measure(model(batch.image), batch.label)
+
+
+def measure(logits: Float[Array, "b classes"], label: Int[Array, " b"]) -> Metrics:
+    """Summed cross-entropy and errors of the examples that are not padding."""
+    valid = label >= 0
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+    wrong = logits.argmax(-1) != label
+    return Metrics(
+        jnp.where(valid, loss, 0).sum(),
+        (valid & wrong).sum(dtype=jnp.int32),
+        valid.sum(dtype=jnp.int32),
+    )

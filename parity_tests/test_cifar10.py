@@ -1,0 +1,431 @@
+"""CIFAR-10 is read to the bit or refused, with no TensorFlow, whatever is missing or damaged."""
+
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from flax_resnet import cifar10
+from flax_resnet.cifar10 import Examples
+from flax_resnet.errors import DatasetError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REAL = REPOSITORY / ".." / "shared" / "tfds"
+ARCHIVE = "cifar-10-binary.tar.gz"
+PER_BATCH = 8
+NAMES = [f"class{i}" for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps each test off the network, and off the user's directories."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed_port = probe.getsockname()[1]
+    monkeypatch.setattr(cifar10, "ARCHIVE_URL", f"http://127.0.0.1:{closed_port}/{ARCHIVE}")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "tfds"
+
+
+@pytest.fixture
+def archive(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Examples]:
+    """Puts a small archive where a user would; returns what is in it."""
+    return put_archive(root, monkeypatch, seed=0)
+
+
+@pytest.fixture
+def prepared(root: Path, archive: dict[str, Examples]) -> dict[str, Examples]:
+    """Prepares the small archive; returns what is in it."""
+    cifar10.load(str(root))
+    return archive
+
+
+def put_archive(root: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> dict[str, Examples]:
+    examples = {
+        "train": random_examples(5 * PER_BATCH, seed),
+        "test": random_examples(PER_BATCH, seed + 1),
+    }
+    batches = [(f"data_batch_{i + 1}.bin", "train", i * PER_BATCH) for i in range(5)]
+    files = {"batches.meta.txt": "\n".join([*NAMES, "", ""]).encode()}
+    for name, split, start in [*batches, ("test_batch.bin", "test", 0)]:
+        image, label = (array[start : start + PER_BATCH] for array in examples[split])
+        channels_first = image.transpose(0, 3, 1, 2).reshape(PER_BATCH, -1)
+        files[name] = np.hstack([label[:, None].astype(np.uint8), channels_first]).tobytes()
+    path = archive_path(root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    data = path.read_bytes()
+    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(data))
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(data).hexdigest())
+    return examples
+
+
+def random_examples(n: int, seed: int) -> Examples:
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
+    return Examples(image, rng.integers(0, 10, n, np.int32))
+
+
+def archive_path(root: Path) -> Path:
+    return root / "downloads" / "manual" / ARCHIVE
+
+
+def dataset_path(root: Path) -> Path:
+    return root / "cifar10" / "3.0.2"
+
+
+def cache_entry() -> Path:
+    """The one entry there is."""
+    (entry,) = (Path(os.environ["XDG_CACHE_HOME"]) / "flax-resnet").glob("*.npy")
+    return entry
+
+
+def assert_same(ours: dict[str, Examples], theirs: dict[str, Examples]) -> None:
+    assert ours.keys() == theirs.keys()
+    for split in theirs:
+        for a, b in zip(ours[split], theirs[split], strict=True):
+            assert a.dtype == b.dtype
+            assert np.array_equal(a, b)
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "_decode", lambda builder: pytest.fail("decoded again"))
+
+
+# Preparing.
+
+
+def test_archive_reads_back_to_the_bit_in_its_order(root, archive):
+    examples = cifar10.load(str(root))
+    assert_same(examples, archive)
+    assert examples["train"].image.dtype == np.uint8
+    assert examples["train"].label.dtype == np.int32
+    assert "tensorflow" not in sys.modules
+
+
+def test_stock_tfds_reads_what_was_prepared(root, prepared):
+    builder = tfds.builder("cifar10", data_dir=root)
+    assert str(builder.version) == cifar10.VERSION
+    assert builder.info.features["label"].names == NAMES
+    for split, examples in prepared.items():
+        source = builder.as_data_source(split=split)
+        assert len(source) == len(examples.label)
+        by_id = sorted(source, key=lambda example: example["id"])
+        assert [e["id"].decode() for e in by_id] == [f"{split}_{i:05d}" for i in range(len(by_id))]
+        np.testing.assert_array_equal(np.stack([e["image"] for e in by_id]), examples.image)
+        np.testing.assert_array_equal([e["label"] for e in by_id], examples.label)
+
+
+def test_default_directory_is_that_of_tfds(archive):
+    assert_same(cifar10.load(None), archive)  # TFDS_DATA_DIR
+
+
+def test_remote_directory_is_refused():
+    with pytest.raises(DatasetError, match="local path, got gs://bucket"):
+        cifar10.load("gs://bucket")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_wrong_archive_of_the_user_is_refused_and_kept(root, archive, damage):
+    path = archive_path(root)
+    if damage == "flipped":
+        flip(path, 100)
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    data = path.read_bytes()
+    with pytest.raises(DatasetError) as refusal:
+        cifar10.load(str(root))
+    message = str(refusal.value)
+    for expected in (str(cifar10.ARCHIVE_BYTES), cifar10.ARCHIVE_SHA256, cifar10.ARCHIVE_URL):
+        assert expected in message
+    for got in (str(len(data)), hashlib.sha256(data).hexdigest()):
+        assert got in message
+    assert path.read_bytes() == data
+    assert not dataset_path(root).exists()
+
+
+def test_without_network_the_error_comes_at_once_and_says_where_to_put_the_file(root):
+    start = time.monotonic()
+    with pytest.raises(DatasetError) as refusal:
+        cifar10.load(str(root))
+    assert time.monotonic() - start < 5
+    assert f"fetch {cifar10.ARCHIVE_URL} and put it at {archive_path(root)}" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The path of the file that ARCHIVE_URL gives, from a server on this machine."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    directory = tmp_path / "served"
+    directory.mkdir()
+    handler = functools.partial(Handler, directory=str(directory))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{ARCHIVE}"
+        monkeypatch.setattr(cifar10, "ARCHIVE_URL", url)
+        yield directory / ARCHIVE
+        server.shutdown()
+
+
+def test_download_goes_where_tfds_looks_for_it(root, archive, served):
+    archive_path(root).rename(served)
+    assert_same(cifar10.load(str(root)), archive)
+    assert archive_path(root).read_bytes() == served.read_bytes()
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"?" + data[1:]])
+def test_wrong_download_is_refused_and_removed(root, archive, served, change):
+    served.write_bytes(change(archive_path(root).read_bytes()))
+    archive_path(root).unlink()
+    with pytest.raises(DatasetError, match=f"must have .* sha256 {cifar10.ARCHIVE_SHA256}, got"):
+        cifar10.load(str(root))
+    assert not list(archive_path(root).parent.iterdir())
+    assert not dataset_path(root).exists()
+
+
+def test_endless_download_does_not_fill_the_disk(root, archive, served, monkeypatch):
+    served.write_bytes(bytes(8 << 20))
+    archive_path(root).unlink()
+    sizes = []
+    check = cifar10._check_archive
+    monkeypatch.setattr(
+        cifar10, "_check_archive", lambda path: (sizes.append(path.stat().st_size), check(path))
+    )
+    with pytest.raises(DatasetError):
+        cifar10.load(str(root))
+    assert sizes == [1 << 20]  # one piece
+
+
+# Several processes, and killed ones.
+
+START = """
+import hashlib, os, signal, sys
+from pathlib import Path
+from flax_resnet import cifar10
+
+root, size, cifar10.ARCHIVE_SHA256, mode = sys.argv[1:]
+cifar10.ARCHIVE_BYTES = int(size)
+
+def logged(name):
+    function = getattr(cifar10, name)
+    def call(*args):
+        with open(Path(root) / "calls", "a") as log:
+            log.write(name + "\\n")
+        return function(*args)
+    setattr(cifar10, name, call)
+
+def killed(archive, split):
+    for i, example in enumerate(read_split(archive, split)):
+        if i == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield example
+
+logged("_fetch")
+logged("_decode")
+if mode == "killed":
+    read_split, cifar10._read_split = cifar10._read_split, killed
+print("ready", flush=True)
+sys.stdin.readline()
+examples = cifar10.load(root)
+print(hashlib.sha256(b"".join(a.tobytes() for e in examples.values() for a in e)).hexdigest())
+"""
+
+
+def start_process(root: Path, mode: str = "") -> subprocess.Popen[str]:
+    """Starts a process that waits for a line on stdin, then loads and prints a digest."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            START,
+            root,
+            str(cifar10.ARCHIVE_BYTES),
+            cifar10.ARCHIVE_SHA256,
+            mode,
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_processes_that_start_at_once_prepare_and_decode_once(root, archive):
+    processes = [start_process(root) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    data = b"".join(array.tobytes() for e in archive.values() for array in e)
+    for process, (stdout, stderr) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, stderr
+        assert stdout == hashlib.sha256(data).hexdigest() + "\n"  # TFDS prints nothing between
+        assert "OpenCV" not in stderr
+    # The first reads back what it prepared, and one of them decodes it for the cache.
+    assert (root / "calls").read_text().split() == ["_fetch", "_decode", "_decode"]
+
+
+def test_killed_preparation_leaves_nothing_that_is_read(root, archive):
+    process = start_process(root, "killed")
+    process.communicate("\n", timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    incomplete = root / "downloads" / "cifar10.incomplete"
+    assert incomplete.exists()
+    assert not dataset_path(root).exists()
+    # Had it come further, there would be a dataset that was never read back.
+    (incomplete / "cifar10" / "3.0.2").mkdir()
+    assert_same(cifar10.load(str(root)), archive)  # nor is the lock it held an obstacle
+    assert not incomplete.exists()
+
+
+# A prepared dataset that is damaged: its decoded copy must not hide that.
+
+
+def shorten(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def flip_middle(shard: Path) -> None:
+    flip(shard, shard.read_bytes().index(b"IDAT"))
+
+
+def lose_record(shard: Path) -> None:
+    """The shard is left with a record more than the dataset's description says."""
+    path = shard.with_name("dataset_info.json")
+    info = json.loads(path.read_text())
+    (split,) = (split for split in info["splits"] if split["name"] == "train")
+    split["shardLengths"] = [str(5 * PER_BATCH - 1)]
+    path.write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, shorten, flip_middle, lose_record])
+def test_damaged_shard_is_named(root, prepared, damage):
+    shard = dataset_path(root) / "cifar10-train.array_record-00000-of-00001"
+    damage(shard)
+    with pytest.raises(DatasetError) as refusal:
+        cifar10.load(str(root))
+    assert str(shard) in str(refusal.value)
+    assert f"delete {'it' if damage is Path.unlink else dataset_path(root)}" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, shorten])
+def test_damaged_description_is_refused(root, prepared, damage):
+    damage(dataset_path(root) / "dataset_info.json")
+    with pytest.raises(DatasetError, match=f"cannot read {dataset_path(root)} .* delete it"):
+        cifar10.load(str(root))
+
+
+def test_file_format_that_needs_tensorflow_is_refused(root, prepared):
+    path = dataset_path(root) / "dataset_info.json"
+    path.write_text(path.read_text().replace("array_record", "tfrecord"))
+    for shard in dataset_path(root).glob("*array_record*"):
+        shard.rename(shard.with_name(shard.name.replace("array_record", "tfrecord")))
+    with pytest.raises(DatasetError, match=r"needs no TensorFlow .*tfrecord.* delete it"):
+        cifar10.load(str(root))
+
+
+# The cache.
+
+
+def test_second_start_reads_the_cache(root, prepared, monkeypatch):
+    forbid_decoding(monkeypatch)
+    assert_same(cifar10.load(str(root)), prepared)
+
+
+@pytest.mark.parametrize("offset", [0, 31, 32, 100, -1, "empty", "half", "end"])
+def test_damaged_cache_is_found_and_built_again(root, prepared, caplog, monkeypatch, offset):
+    entry = cache_entry()
+    good = entry.read_bytes()
+    if isinstance(offset, int):
+        flip(entry, offset)
+    else:
+        entry.write_bytes(good[: {"empty": 0, "half": len(good) // 2, "end": -1}[offset]])
+    assert_same(cifar10.load(str(root)), prepared)
+    assert [
+        record.getMessage() for record in caplog.records if record.name == cifar10.__name__
+    ] == [f"{entry} is damaged: removed, to be decoded again"]
+    assert entry.read_bytes() == good
+    forbid_decoding(monkeypatch)
+    assert_same(cifar10.load(str(root)), prepared)
+
+
+def test_another_dataset_in_the_same_place_takes_the_cache_over(root, prepared, monkeypatch):
+    old = cache_entry()
+    dataset_path(root).rename(root / "elsewhere")
+    other = put_archive(root, monkeypatch, seed=2)
+    assert_same(cifar10.load(str(root)), other)
+    assert cache_entry() != old  # and the old one is gone
+
+
+def test_unusable_cache_directory_is_only_a_warning(root, archive, caplog, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert_same(cifar10.load(str(root)), archive)
+    assert "going on without a cache" in caplog.text
+
+
+def test_full_disk_is_only_a_warning(root, archive, caplog, monkeypatch, tmp_path):
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert_same(cifar10.load(str(root)), archive)
+    assert "No space left on device" in caplog.text
+    assert [path.suffix for path in (tmp_path / "cache" / "flax-resnet").iterdir()] == [".lock"]
+
+
+# The real images.
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"there is no CIFAR-10 in {REAL}")
+def test_real_images(monkeypatch):
+    examples = cifar10.load(str(REAL))
+    for split, n in {"train": 49_483, "test": 9_886}.items():
+        assert examples[split].image.shape == (n, 32, 32, 3)
+        assert examples[split].label.shape == (n,)
+        assert set(examples[split].label) == set(range(10))
+    forbid_decoding(monkeypatch)
+    start = time.process_time()  # 0.3 s here; of the processor, as others may use the machine
+    cached = cifar10.load(str(REAL))
+    assert time.process_time() - start < 2
+    assert_same(cached, examples)

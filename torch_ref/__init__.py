@@ -1,0 +1,1 @@
+"""The PyTorch reference: flax_resnet's mirror, file by file, to prove it right."""
