@@ -11,8 +11,8 @@ def get_config() -> Experiment:
     config.model.depth = 8
     config.data.name = Dataset.DIGITS
     config.data.flip = False  # a mirrored 2 is no digit
-    config.optim.boundaries = (150, 200)
-    config.train.steps = 250
+    config.optim.boundaries = (200, 260)
+    config.train.steps = 300
     config.train.log_every = 10
     config.train.evaluate_every = 50
     config.train.checkpoint_every = 50

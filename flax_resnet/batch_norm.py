@@ -7,6 +7,7 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -30,8 +31,8 @@ class BatchNorm(nnx.Module):
         *,
         momentum: float = 0.1,
         epsilon: float = 1e-5,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         self.momentum = momentum
         self.epsilon = epsilon

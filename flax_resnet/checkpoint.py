@@ -24,10 +24,11 @@ class Checkpoints:
     Use as a context manager; leaving it waits for the save under way.
 
     Args:
-        directory: made when the first checkpoint is saved.
+        directory: made if need be, unless `read_only`.
+        read_only: never writes; leftovers of a killed run stay.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, read_only: bool = False):
         self.directory = directory.absolute()
         policies = [
             preservation_policy.LatestN(2),
@@ -42,7 +43,9 @@ class Checkpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             best_fn=lambda metrics: metrics["error"],
             best_mode="min",
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         self.manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=("state", "meta")
@@ -84,7 +87,9 @@ class Checkpoints:
         """
         steps = sorted(self.manager.all_steps(read=True), reverse=True)
         if step is not None and step not in steps:
-            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}, only {steps}")
+            raise CheckpointError(
+                f"{self.directory} has no checkpoint of step {step}, only {steps}"
+            )
         for candidate in steps if step is None else [step]:
             try:
                 state = self._restore_one(like, candidate)
@@ -116,11 +121,28 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} cannot be read: {reason}"
             ) from e
-        if digest(restored.state) != (restored.meta or {}).get("digest"):
+        state, meta = restored["state"], restored["meta"]
+        if digest(state) != meta.get("digest"):
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} is damaged: its digest differs"
             )
-        return restored.state
+        return state
+
+
+def load_state(workdir: Path, like: TrainState, step: int | None = None) -> TrainState:
+    """The newest good checkpoint of a run, or the one of `step`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        raise CheckpointError(f"{workdir} has no checkpoint")
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        state = checkpoints.restore(like, step)
+    if state is None:
+        raise CheckpointError(f"{workdir} has no checkpoint")
+    return state
 
 
 def digest(state: TrainState) -> str:

@@ -25,12 +25,29 @@ def define_config(**kwargs: Any) -> flags.FlagHolder:
     )
 
 
-def experiment(flag: flags.FlagHolder) -> Experiment:
-    """The flag's value, overrides included, checked. Switches 64-bit arithmetic on if it asks.
+def define_overrides() -> flags.FlagHolder:
+    """`--config.a.b=value` alone, for `override` to write into a config from elsewhere."""
+    return config_flags.DEFINE_config_dataclass("config", Experiment())
 
-    Raises ConfigError if a setting breaks a rule.
-    """
-    config: Experiment = flag.value
+
+def override(config: Experiment) -> Experiment:
+    """`config` with the settings given on the command line, checked."""
+    for path, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
+        *groups, name = path.split(".")
+        holder = config
+        for group in groups:
+            holder = getattr(holder, group)
+        setattr(holder, name, value)
+    return checked(config)
+
+
+def experiment(flag: flags.FlagHolder) -> Experiment:
+    """The flag's value, overrides included, checked."""
+    return checked(flag.value)
+
+
+def checked(config: Experiment) -> Experiment:
+    """Raises ConfigError if a setting breaks a rule; switches 64-bit arithmetic on if it asks."""
     config.validate()
     jax.config.update("jax_enable_x64", config.model.dtype is DType.FLOAT64)
     return config

@@ -8,7 +8,7 @@ import dataclasses
 import enum
 import json
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from flax_resnet.errors import ConfigError
 
@@ -87,12 +87,16 @@ class ResNetConfig:
     dtype: DType = DType.FLOAT32
 
     @classmethod
-    def paper(cls, depth: int = 20, shortcut: Shortcut = Shortcut.A, **overrides: Any) -> Self:
+    def paper(
+        cls, depth: int = 20, shortcut: Shortcut = Shortcut.A, **overrides: Any
+    ) -> "ResNetConfig":
         """The paper's network: the defaults."""
         return cls(depth=depth, shortcut=shortcut, **overrides)
 
     @classmethod
-    def reference(cls, depth: int = 20, shortcut: Shortcut = Shortcut.A, **overrides: Any) -> Self:
+    def reference(
+        cls, depth: int = 20, shortcut: Shortcut = Shortcut.A, **overrides: Any
+    ) -> "ResNetConfig":
         """The network of the PyTorch system that this project reimplements."""
         settings: dict[str, Any] = {
             "stem": Stem.CONV,
@@ -103,7 +107,9 @@ class ResNetConfig:
         return cls(depth=depth, shortcut=shortcut, **(settings | overrides))
 
     @classmethod
-    def akamaster(cls, depth: int = 20, shortcut: Shortcut = Shortcut.A, **overrides: Any) -> Self:
+    def akamaster(
+        cls, depth: int = 20, shortcut: Shortcut = Shortcut.A, **overrides: Any
+    ) -> "ResNetConfig":
         """The network of akamaster/pytorch_resnet_cifar10: option A pads half on each side."""
         settings: dict[str, Any] = {"channel_pad": ChannelPad.CENTRE}
         return cls(depth=depth, shortcut=shortcut, **(settings | overrides))
@@ -235,7 +241,9 @@ def _from_dict(cls: type, tree: dict[str, Any]) -> Any:
             try:
                 return type_(value)
             except ValueError as e:
-                raise ConfigError(f"{type_.__name__} must be one of {[m.value for m in type_]}, got {value!r}") from e
+                raise ConfigError(
+                    f"{type_.__name__} must be one of {[m.value for m in type_]}, got {value!r}"
+                ) from e
         return tuple(value) if isinstance(value, list) else value
 
     return cls(**{name: parse(types[name], value) for name, value in tree.items()})

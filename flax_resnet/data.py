@@ -11,7 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from flax_resnet import cifar10
@@ -71,14 +73,15 @@ def load(config: DataConfig) -> dict[str, Examples]:
 
 
 def digits() -> dict[str, Examples]:
-    """scikit-learn's 1,797 scans of handwritten digits, 8x8, each pixel enlarged to 4x4.
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8, enlarged to 32x32x3.
 
     Every fifth is a test image: 1,437 train, 360 test.
     """
-    bunch = load_digits()
-    image = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    image = np.repeat(image.repeat(4, 1).repeat(4, 2)[..., None], 3, -1)
-    label = bunch.target.astype(np.int32)
+    pixels, label = load_digits(return_X_y=True)
+    image = np.round(np.reshape(pixels, (-1, 8, 8)) * (255 / 16)).astype(np.uint8)
+    large = [Image.fromarray(x).resize((32, 32), Image.Resampling.BICUBIC) for x in image]
+    image = np.repeat(np.stack([np.asarray(x) for x in large])[..., None], 3, -1)
+    label = np.asarray(label, np.int32)
     test = np.arange(len(label)) % 5 == 0
     return {
         "train": Examples(image[~test], label[~test]),
@@ -109,7 +112,9 @@ def random_integers(seed: int, stream: int, counter: int, size: int) -> np.ndarr
     return np.random.Philox(key=[seed, stream], counter=start).random_raw(size)
 
 
-def make_normalization(preprocess: Preprocess, train: UInt8[np.ndarray, "n h w 3"]) -> Normalization:
+def make_normalization(
+    preprocess: Preprocess, train: UInt8[np.ndarray, "n h w 3"]
+) -> Normalization:
     """The constants of a preprocessing, from the training images where it needs them."""
     ones = np.ones(3)
     match preprocess:
@@ -126,7 +131,7 @@ def make_normalization(preprocess: Preprocess, train: UInt8[np.ndarray, "n h w 3
 
 
 def normalize(
-    image: UInt8[Array, "b h w 3"], constants: Normalization, dtype: jnp.dtype
+    image: UInt8[Array, "b h w 3"], constants: Normalization, dtype: DTypeLike
 ) -> Float[Array, "b h w 3"]:
     """Pixels as numbers."""
     x = image.astype(dtype) * constants.scale
@@ -152,16 +157,18 @@ def crop_and_flip(
 
 
 def training_batch(
-    examples: Examples, drawn: Draw, constants: Normalization, pad: int, dtype: jnp.dtype
+    examples: Examples, drawn: Draw, constants: Normalization, pad: int, dtype: DTypeLike
 ) -> Batch:
     """The examples that `drawn` names, cropped and mirrored as it says. Runs inside `jit`."""
-    image = normalize(examples.image[drawn.index], constants, dtype)
-    return Batch(crop_and_flip(image, drawn.offset, drawn.flip, pad), examples.label[drawn.index])
+    index, offset, flip = map(jnp.asarray, drawn)
+    image, label = map(jnp.asarray, examples)
+    image = normalize(image[index], constants, dtype)
+    return Batch(crop_and_flip(image, offset, flip, pad), label[index])
 
 
 def evaluation_batch(
-    examples: Examples, index: Int[Array, " b"], constants: Normalization, dtype: jnp.dtype
+    examples: Examples, index: Int[Array, " b"], constants: Normalization, dtype: DTypeLike
 ) -> Batch:
     """The examples at `index`; -1 makes padding. Runs inside `jit`."""
-    image = normalize(examples.image[index], constants, dtype)
-    return Batch(image, jnp.where(index < 0, -1, examples.label[index]))
+    image, label = map(jnp.asarray, examples)
+    return Batch(normalize(image[index], constants, dtype), jnp.where(index < 0, -1, label[index]))

@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend: each message is one line with the rule, the value and what to do."""
+"""Mistakes that a user can mend: one line with the rule, the value and what to do."""
 
 
 class UserError(ValueError):

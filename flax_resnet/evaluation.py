@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 
 from flax_resnet import data, sharding
 from flax_resnet.cifar10 import Examples
+from flax_resnet.config import ResNetConfig
 from flax_resnet.data import Normalization
 from flax_resnet.resnet import param_dtype
-from flax_resnet.config import ResNetConfig
 from flax_resnet.train import Metrics, Program, Tree, eval_step
 
 Evaluate = Callable[[Tree, Tree, Examples], dict[str, float]]

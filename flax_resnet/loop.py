@@ -15,8 +15,8 @@ from statistics import median
 from types import FrameType
 from typing import Any
 
-import filelock
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -25,12 +25,13 @@ from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.cifar10 import Examples
 from flax_resnet.config import Experiment, Shortcut
 from flax_resnet.data import Draw
-from flax_resnet.errors import CheckpointError, ConfigError, TrainingError
+from flax_resnet.errors import TrainingError
 from flax_resnet.evaluation import make_evaluate
 from flax_resnet.optim import make_schedule
 from flax_resnet.report import MetricsLog, Row, plot_curves
 from flax_resnet.resnet import param_dtype
 from flax_resnet.train import Metrics, TrainState, init, train_step
+from flax_resnet.workdir import claimed, write_json
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ def train(
     with stop_signal() as stop, Checkpoints(workdir / "checkpoints") as checkpoints:
         state = checkpoints.restore(state) or state
         step = int(state.step)
+        if step:
+            log.info("%s: going on from step %d", workdir, step)
         with MetricsLog(workdir, step) as metrics_log, progress_bar(config, step) as bar:
             clock = Clock(metrics_log.rows)
             while step < settings.steps:
@@ -115,7 +118,9 @@ def train(
                     if not math.isfinite(row["loss"]):
                         raise TrainingError(f"the loss is {row['loss']} at step {step}")
                     state = state._replace(metrics=sharding.put(Metrics.zeros(), everywhere))
-                    row |= {"learning_rate": float(learning_rate(step - 1))} | clock.lap()
+                    row |= {
+                        "learning_rate": float(np.asarray(learning_rate(step - 1)))
+                    } | clock.lap()
                     metrics_log.append({"step": step, "split": "train"} | row)
                     bar.set_postfix_str(
                         f"loss {row['loss']:.3f}, error {100 * row['error']:.1f} %, "
@@ -198,7 +203,7 @@ def stop_signal() -> Iterator[list[int]]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -206,47 +211,6 @@ def stop_signal() -> Iterator[list[int]]:
     finally:
         for number in numbers:
             signal.signal(number, previous[number])
-
-
-@contextlib.contextmanager
-def claimed(workdir: Path, config: Experiment) -> Iterator[None]:
-    """`workdir`, made if need be, for this process alone and for this config alone.
-
-    Raises:
-        CheckpointError: another process uses it. (A lock left by a killed one is none.)
-        ConfigError: it holds a run of another config; the message shows what differs.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(workdir / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout as e:
-        raise CheckpointError(
-            f"{workdir} is in use by another run; wait for it, or choose another --workdir"
-        ) from e
-    with lock:
-        path = workdir / "config.json"
-        if path.exists():
-            changes = difference(json.loads(path.read_text()), config.to_dict())
-            if changes:
-                raise ConfigError(
-                    f"{workdir} holds another run ({', '.join(changes)}); choose another --workdir"
-                )
-        else:
-            write_json(path, config.to_dict())
-        yield
-
-
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Such as `["train.steps: 100 there, 200 here"]`."""
-    changes: list[str] = []
-    for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes += difference(a, b, f"{prefix}{name}.")
-        elif a != b:
-            changes.append(f"{prefix}{name}: {a} there, {b} here")
-    return changes
 
 
 def summarize(config: Experiment, state: TrainState, rows: list[Row]) -> dict[str, Any]:
@@ -267,10 +231,3 @@ def summarize(config: Experiment, state: TrainState, rows: list[Row]) -> dict[st
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
         "config": config.to_dict(),
     }
-
-
-def write_json(path: Path, tree: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n")
-    temporary.replace(path)

@@ -62,9 +62,7 @@ class ResNet(nnx.Module):
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions around a shortcut: relu(residual(x) + shortcut(x)) (paper, figure 2)."""
 
-    def __init__(
-        self, config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs):
         self.conv1 = conv3x3(config, c_in, c_out, stride, rngs=rngs)
         self.bn1 = batch_norm(config, c_out)
         self.conv2 = conv3x3(config, c_out, c_out, rngs=rngs)
@@ -94,9 +92,7 @@ class ZeroPad(nnx.Module):
 class Projection1x1(nnx.Module):
     """Options B and C: a 1x1 convolution, with BatchNorm or (the reference) with a bias."""
 
-    def __init__(
-        self, config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs):
         average = nnx.initializers.constant(1 / c_in)
         self.conv = nnx.Conv(
             c_in,
@@ -182,5 +178,3 @@ def compute_dtype(config: ResNetConfig) -> jnp.dtype:
 def param_dtype(config: ResNetConfig) -> jnp.dtype:
     """Parameters and statistics keep float32 under bfloat16."""
     return jnp.dtype("float64" if config.dtype is DType.FLOAT64 else "float32")
-
-

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_resnet.config import require
@@ -26,7 +26,7 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P("data"))
 
 
-def check_batch_size(mesh: Mesh, name: str, batch_size: int) -> None:
+def check_batch_size(mesh: Mesh | AbstractMesh, name: str, batch_size: int) -> None:
     """Raises ConfigError unless every device gets the same number of examples."""
     rule = f"divisible by the number of devices ({mesh.size})"
     require(batch_size % mesh.size == 0, name, rule, batch_size)

@@ -267,9 +267,7 @@ def _reference_name(key: str, keys: Mapping[str, Any]) -> str:
     return f"{block}.{names[match[3]]}.{rest}" if match[3] in names else key
 
 
-def unused_projections(
-    config: ResNetConfig, dtype: Any = np.float32
-) -> dict[str, np.ndarray]:
+def unused_projections(config: ResNetConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """By name, the projections that the reference has in each downsampling block but does not use.
 
     Filled with 1/C_in, bias 0: no result depends on them.

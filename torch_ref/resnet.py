@@ -20,7 +20,6 @@ from flax_resnet.config import (
     Stem,
 )
 
-
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
@@ -57,7 +56,7 @@ class ResNet(nn.Module):
         if self.bn1 is not None:
             x = F.relu(self.bn1(x))
         for stage in self.stages:
-            for block in stage:
+            for block in stage.children():
                 x = block(x)
         return self.fc(x.mean((2, 3)))
 

@@ -1,0 +1,81 @@
+"""A run's directory: config.json says whose it is, checkpoints/ holds its states.
+
+It also has metrics.jsonl, tensorboard/, and once finished summary.json and curves.png.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from flax_resnet.config import Experiment
+from flax_resnet.errors import CheckpointError, ConfigError
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: Experiment) -> Iterator[None]:
+    """`workdir`, made if need be, for this process alone and for this config alone.
+
+    Raises:
+        CheckpointError: another process uses it. (A lock left by a killed one is none.)
+        ConfigError: it holds a run of another config; the message shows what differs.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(workdir / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as e:
+        raise CheckpointError(
+            f"{workdir} is in use by another run; wait for it, or choose another --workdir"
+        ) from e
+    with lock:
+        path = workdir / "config.json"
+        if path.exists():
+            changes = difference(json.loads(path.read_text()), config.to_dict())
+            if changes:
+                raise ConfigError(
+                    f"{workdir} holds another run ({', '.join(changes)}); choose another --workdir"
+                )
+        else:
+            write_json(path, config.to_dict())
+        yield
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Such as `["train.steps: 100 there, 200 here"]`."""
+    changes: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changes += difference(a, b, f"{prefix}{name}.")
+        elif a != b:
+            changes.append(f"{prefix}{name}: {a} there, {b} here")
+    return changes
+
+
+def read_config(workdir: Path) -> Experiment:
+    """The experiment that `workdir` holds. Raises CheckpointError if it holds none."""
+    path = workdir / "config.json"
+    try:
+        return Experiment.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{workdir} is no work directory: it has no config.json") from e
+    except json.JSONDecodeError as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from e
+
+
+def locate(checkpoint: Path) -> tuple[Path, int | None]:
+    """Work directory and step (None: the newest) of `WORKDIR` or `WORKDIR/checkpoints/STEP`."""
+    if checkpoint.name.isdecimal() and checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent, int(checkpoint.name)
+    return checkpoint, None
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(tree, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,74 @@
+"""The two sides of an equation: a Flax network and its PyTorch twin with the same weights."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from flax_resnet.config import ResNetConfig
+from flax_resnet.resnet import ResNet
+from flax_resnet.torch_weights import to_state_dict
+from flax_resnet.train import Tree, split
+
+torch = pytest.importorskip("torch", reason="the other side of every equation here is PyTorch")
+
+from torch_ref.resnet import ResNet as TorchResNet  # noqa: E402 (it needs torch)
+
+
+class Pair(NamedTuple):
+    """Ours as (graphdef, params, batch_stats), theirs as a module."""
+
+    config: ResNetConfig
+    graphdef: nnx.GraphDef
+    params: Tree
+    batch_stats: Tree
+    twin: TorchResNet
+
+    def model(self) -> ResNet:
+        """Ours as a module of its own, in training mode."""
+        return nnx.merge(self.graphdef, self.params, self.batch_stats, copy=True)
+
+
+def make_pair(config: ResNetConfig, seed: int = 0) -> Pair:
+    """Random weights everywhere: BatchNorm's scale, bias and running statistics too, and biases."""
+    graphdef, params, batch_stats = split(ResNet(config, rngs=nnx.Rngs(seed)))
+    rng = np.random.default_rng(seed)
+
+    def randomize(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if name == "kernel":
+            return leaf
+        positive = name in ("scale", "var")
+        new = rng.uniform(0.5, 1.5, leaf.shape) if positive else rng.normal(0, 0.2, leaf.shape)
+        return jax.numpy.asarray(new, leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(randomize, params)
+    batch_stats = jax.tree_util.tree_map_with_path(randomize, batch_stats)
+    return Pair(config, graphdef, params, batch_stats, make_twin(config, params, batch_stats))
+
+
+def make_twin(config: ResNetConfig, params: Tree, batch_stats: Tree) -> TorchResNet:
+    """The PyTorch network with these weights; shares no memory with them."""
+    twin = TorchResNet(config)
+    state = to_state_dict(config, params, batch_stats)
+    twin.load_state_dict({key: torch.from_numpy(array) for key, array in state.items()})
+    return twin
+
+
+def images(batch_size: int, seed: int = 0, dtype: str = "float64") -> np.ndarray:
+    """Standard normal noise (b, 32, 32, 3)."""
+    return np.random.default_rng(seed).normal(size=(batch_size, 32, 32, 3)).astype(dtype)
+
+
+def to_torch(image: np.ndarray) -> "torch.Tensor":
+    """(b, h, w, 3) as a tensor (b, 3, h, w) of its own memory."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+
+
+def relative(ours: object, theirs: object) -> float:
+    """Largest difference, as a fraction of the largest value of `theirs`."""
+    a, b = (np.asarray(x.detach() if hasattr(x, "detach") else x) for x in (ours, theirs))
+    assert a.shape == b.shape
+    return float(np.abs(a - b).max() / np.abs(b).max())
