@@ -50,12 +50,26 @@ class Stem(enum.Enum):
     CONV = "conv"  # the reference: a bare convolution
 
 
+class Statistics(enum.Enum):
+    """Over which images BatchNorm takes its statistics while it trains."""
+
+    GLOBAL = "global"  # the whole batch, however many devices share it
+    REPLICA = "replica"  # each device's share, as in the paper's two-GPU runs
+
+
 class DType(enum.Enum):
     """Compute type. Parameters and statistics are float32, or float64 with FLOAT64."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT64 = "float64"
+
+
+class Parallel(enum.Enum):
+    """How a step is spread over several devices."""
+
+    JIT = "jit"  # one program for the whole batch, which the compiler splits
+    PMAP = "pmap"  # one program per device for its share
 
 
 class Dataset(enum.Enum):
@@ -85,6 +99,7 @@ class ResNetConfig:
     conv_bias: bool = False
     num_classes: int = 10
     dtype: DType = DType.FLOAT32
+    batch_norm: Statistics = Statistics.GLOBAL
 
     @classmethod
     def paper(
@@ -199,6 +214,7 @@ class Experiment:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
+    parallel: Parallel = Parallel.JIT
 
     def validate(self) -> None:
         """Raises ConfigError at the first setting that breaks a rule."""

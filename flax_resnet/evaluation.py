@@ -26,23 +26,23 @@ def make_evaluate(
             last batch is padded, and the padding counts nowhere.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    everywhere, by_example = sharding.replicated(mesh), sharding.split_batch(mesh)
 
     def step(
-        total: Metrics, params: Tree, batch_stats: Tree, examples: Examples, index: jax.Array
+        total: Metrics, constant: tuple[Tree, Tree, Examples], index: jax.Array
     ) -> Metrics:
+        params, batch_stats, examples = constant
         batch = data.evaluation_batch(examples, index, constants, param_dtype(config))
         return total.plus(eval_step(program, params, batch_stats, batch))
 
-    call = sharding.compile_step(step, mesh, donate=True)
+    call = sharding.compile_step(step, mesh)
 
     def evaluate(params: Tree, batch_stats: Tree, examples: Examples) -> dict[str, float]:
-        total = sharding.put(Metrics.zeros(), everywhere)
+        total = sharding.replicate(mesh, Metrics.zeros())
         size = len(examples.label)
         for start in range(0, size, batch_size):
             index = np.arange(start, start + batch_size, dtype=np.int32)
-            index = sharding.put(np.where(index < size, index, -1), by_example)
-            total = call(total, params, batch_stats, examples, index)
+            index = sharding.split_batch(mesh, np.where(index < size, index, -1))
+            total = call(total, (params, batch_stats, examples), index)
         return total.mean()
 
     return evaluate

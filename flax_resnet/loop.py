@@ -74,20 +74,18 @@ def train(
 ) -> tuple[TrainState, list[Row]]:
     """Runs the steps that are left; returns the last state and all rows of the log."""
     settings = config.train
-    everywhere, by_example = sharding.replicated(mesh), sharding.split_batch(mesh)
     constants = data.make_normalization(config.data.preprocess, splits["train"].image)
     dtype = param_dtype(config.model)
-    program, state = init(config)
+    program, state = init(config, mesh.size)
 
     def step_fn(state: TrainState, examples: Examples, drawn: Draw) -> tuple[TrainState, Metrics]:
         batch = data.training_batch(examples, drawn, constants, config.data.pad, dtype)
         return train_step(program, state, batch)
 
-    train_call = sharding.compile_step(step_fn, mesh, donate=True)
+    train_call = sharding.compile_step(step_fn, mesh, config.parallel)
     evaluate = make_evaluate(config.model, program, constants, mesh, settings.eval_batch_size)
     learning_rate = make_schedule(config.optim)
-    state = sharding.put(state, everywhere)
-    examples = sharding.put(splits, everywhere)
+    state, examples = sharding.replicate(mesh, (state, splits))
     in_flight: deque[Metrics] = deque()
 
     with stop_signal() as stop, Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -101,9 +99,8 @@ def train(
                 drawn = data.draw(
                     config.data, config.seed, step, settings.batch_size, len(splits["train"].label)
                 )
-                state, metrics = train_call(
-                    state, examples["train"], sharding.put(drawn, by_example)
-                )
+                drawn = sharding.split_batch(mesh, drawn, config.parallel)
+                state, metrics = train_call(state, examples["train"], drawn)
                 step += 1
                 in_flight.append(metrics)
                 if len(in_flight) > STEPS_IN_FLIGHT:
@@ -117,7 +114,7 @@ def train(
                     row = state.metrics.mean()
                     if not math.isfinite(row["loss"]):
                         raise TrainingError(f"the loss is {row['loss']} at step {step}")
-                    state = state._replace(metrics=sharding.put(Metrics.zeros(), everywhere))
+                    state = state._replace(metrics=sharding.replicate(mesh, Metrics.zeros()))
                     row |= {
                         "learning_rate": float(np.asarray(learning_rate(step - 1)))
                     } | clock.lap()

@@ -1,4 +1,9 @@
-"""Data parallelism: one mesh axis, `data`, over all devices; the compiler does the rest."""
+"""Data parallelism: one mesh axis over all devices, and the jit and the pmap way to use it.
+
+Either way a step's state is on every device and its batch is dealt out over them; what differs is
+who does it. Under `jit` the step is written for the whole batch and the compiler splits it; under
+`pmap` it is written for one device's share.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,23 +12,14 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_resnet.config import require
+from flax_resnet.config import Parallel, require
 from flax_resnet.cpu import compiler_options
+from flax_resnet.train import AXIS
 
 
 def data_mesh() -> Mesh:
     """All devices in a row."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
-    return NamedSharding(mesh, P())
-
-
-def split_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis dealt out over the devices."""
-    return NamedSharding(mesh, P("data"))
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def check_batch_size(mesh: Mesh | AbstractMesh, name: str, batch_size: int) -> None:
@@ -32,19 +28,35 @@ def check_batch_size(mesh: Mesh | AbstractMesh, name: str, batch_size: int) -> N
     require(batch_size % mesh.size == 0, name, rule, batch_size)
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
-    """`tree` on the devices, not sharing memory with the host's arrays."""
-    return jax.device_put(tree, sharding, may_alias=False)
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """`tree` whole on every device."""
+    return _put(tree, NamedSharding(mesh, P()))
 
 
-def compile_step(step: Callable[..., Any], mesh: Mesh, *, donate: bool) -> Callable[..., Any]:
-    """`step` compiled for the mesh, its results on every device.
+def split_batch(mesh: Mesh, tree: Any, parallel: Parallel = Parallel.JIT) -> Any:
+    """Host arrays dealt out over the devices by their first axis, as `compile_step` wants them."""
+    if parallel is Parallel.PMAP:
+        tree = jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), tree)
+    return _put(tree, NamedSharding(mesh, P(AXIS)))
 
-    Arguments come as `put` laid them out. With `donate` the first one, the state, is overwritten.
+
+def compile_step(
+    step: Callable[..., Any], mesh: Mesh, parallel: Parallel = Parallel.JIT
+) -> Callable[..., Any]:
+    """`step(state, constants, batch)` compiled for the mesh; its results are on every device.
+
+    The state is donated: its memory is used for the results.
     """
+    if parallel is Parallel.PMAP:
+        return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,))
     return jax.jit(
         step,
-        out_shardings=replicated(mesh),
-        donate_argnums=(0,) if donate else (),
+        out_shardings=NamedSharding(mesh, P()),
+        donate_argnums=0,
         compiler_options=compiler_options(),
     )
+
+
+def _put(tree: Any, sharding: NamedSharding) -> Any:
+    # On the CPU a device array can share the host array's memory, which others write to.
+    return jax.device_put(tree, sharding, may_alias=False)

@@ -8,12 +8,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flax_resnet.config import Experiment
+from flax_resnet.batch_norm import BatchNorm
+from flax_resnet.config import Experiment, Parallel, Statistics
 from flax_resnet.data import Batch
 from flax_resnet.optim import make_optimizer
 from flax_resnet.resnet import ResNet
 
 Tree = Any  # nested dicts of arrays
+AXIS = "data"  # of the devices that share a batch
 
 
 class Metrics(NamedTuple):
@@ -51,11 +53,23 @@ class Program(NamedTuple):
 
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
+    axis_name: str | None  # of the `pmap` that train_step runs under
 
 
-def init(config: Experiment) -> tuple[Program, TrainState]:
-    """A network and its optimizer at step 0, a function of `config.seed` alone."""
+def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]:
+    """A network and its optimizer at step 0, a function of `config.seed` alone.
+
+    Args:
+        num_devices: that share a batch, for BatchNorm's statistics.
+    """
     model = ResNet(config.model, rngs=nnx.Rngs(config.seed))
+    is_pmap = config.parallel is Parallel.PMAP
+    is_global = config.model.batch_norm is Statistics.GLOBAL
+    model.set_attributes(
+        BatchNorm,
+        axis_name=AXIS if is_pmap and is_global else None,
+        replicas=1 if is_pmap or is_global else num_devices,
+    )
     optimizer = make_optimizer(config.optim)
     graphdef, params, batch_stats = split(model)
     state = TrainState(
@@ -65,7 +79,7 @@ def init(config: Experiment) -> tuple[Program, TrainState]:
         opt_state=optimizer.init(params),
         metrics=Metrics.zeros(),
     )
-    return Program(graphdef, optimizer), state
+    return Program(graphdef, optimizer, AXIS if is_pmap else None), state
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
@@ -77,7 +91,8 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One SGD step; the metrics are those of `batch` before the step.
 
-    Under a mesh, BatchNorm sees the whole batch, not a shard.
+    Under `pmap`, `batch` is the device's share, all shares being equal; everything else, results
+    included, is the same on every device.
     """
 
     def loss_fn(params: Tree) -> tuple[Float[Array, ""], tuple[Tree, Metrics]]:
@@ -88,6 +103,9 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
         return metrics.loss / metrics.examples, (batch_stats, metrics)
 
     grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    if program.axis_name is not None:
+        grads, batch_stats = jax.lax.pmean((grads, batch_stats), program.axis_name)
+        metrics = jax.lax.psum(metrics, program.axis_name)
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
     state = TrainState(
         step=state.step + 1,

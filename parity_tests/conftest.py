@@ -3,9 +3,9 @@
 import os
 import tempfile
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="flax-resnet-test-cache-"))
 
 import jax
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for the tests of data parallelism

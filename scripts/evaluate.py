@@ -26,10 +26,10 @@ def main() -> None:
     splits = data.load(config.data)
     mesh = sharding.data_mesh()
     program, state = init(config)
-    state = load_state(directory, sharding.put(state, sharding.replicated(mesh)), step)
+    state = load_state(directory, sharding.replicate(mesh, state), step)
     constants = data.make_normalization(config.data.preprocess, splits["train"].image)
     evaluate = make_evaluate(config.model, program, constants, mesh, config.train.eval_batch_size)
-    test = sharding.put(splits["test"], sharding.replicated(mesh))
+    test = sharding.replicate(mesh, splits["test"])
     result = evaluate(state.params, state.batch_stats, test)
     print(f"{directory}, step {state.step}")
     print(
