@@ -3,6 +3,8 @@
 Lay `torch_ref/resnet.py` beside it: the two differ in `nnx` against `nn`, and in NHWC against NCHW.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -19,6 +21,7 @@ from flax_resnet.config import (
 )
 from flax_resnet.cpu import add_relu
 
+Layer = Callable[[Array], Array]
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")  # not truncated
 
 
@@ -50,12 +53,24 @@ class ResNet(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
         """Logits of a batch of preprocessed images, in the parameters' type."""
+        for _, layer in self.layers():
+            x = layer(x)
+        return x
+
+    def layers(self) -> list[tuple[str, Layer]]:
+        """What x passes through, by name: stem, every block, head."""
+        blocks = [
+            (f"stages.{s}.{b}", block)
+            for s, stage in enumerate(self.stages)
+            for b, block in enumerate(stage)
+        ]
+        return [("stem", self.stem), *blocks, ("head", self.head)]
+
+    def stem(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 16"]:
         x = self.conv1(x)
-        if self.bn1 is not None:
-            x = nnx.relu(self.bn1(x))
-        for stage in self.stages:
-            for block in stage:
-                x = block(x)
+        return x if self.bn1 is None else nnx.relu(self.bn1(x))
+
+    def head(self, x: Float[Array, "b h w 64"]) -> Float[Array, "b classes"]:
         return self.fc(x.mean((1, 2)))
 
 

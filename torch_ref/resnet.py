@@ -4,6 +4,7 @@ Lay `flax_resnet/resnet.py` beside it: the two differ in `nn` against `nnx`, and
 NHWC. Only the configuration is shared, so that a default has one home.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,8 @@ from flax_resnet.config import (
     Stem,
 )
 
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+Layer = Callable[[Tensor], Tensor]
+Module = TypeVar("Module", nn.Conv2d, nn.Linear)
 
 
 class ResNet(nn.Module):
@@ -52,12 +54,24 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (b, classes) of a batch of preprocessed images (b, 3, h, w)."""
+        for _, layer in self.layers():
+            x = layer(x)
+        return x
+
+    def layers(self) -> list[tuple[str, Layer]]:
+        """What x passes through, by name: stem, every block, head."""
+        blocks = [
+            (f"stages.{s}.{b}", block)
+            for s, stage in enumerate(self.stages)
+            for b, block in enumerate(stage.children())
+        ]
+        return [("stem", self.stem), *blocks, ("head", self.head)]
+
+    def stem(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        if self.bn1 is not None:
-            x = F.relu(self.bn1(x))
-        for stage in self.stages:
-            for block in stage.children():
-                x = block(x)
+        return x if self.bn1 is None else F.relu(self.bn1(x))
+
+    def head(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))
 
 
@@ -155,7 +169,7 @@ def linear(config: ResNetConfig, c_in: int, c_out: int) -> nn.Linear:
     return kaiming_normal(nn.Linear(c_in, c_out, dtype=param_dtype(config)))
 
 
-def kaiming_normal(layer: Layer) -> Layer:
+def kaiming_normal(layer: Module) -> Module:
     """Normal with deviation sqrt(2 / fan in), bias zero (He et al. 2015b)."""
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     zero_bias(layer)

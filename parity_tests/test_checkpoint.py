@@ -1,0 +1,91 @@
+"""Claim: a checkpoint gives back every bit, and a damaged one is never used."""
+
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_resnet.checkpoint import Checkpoints, digest, load_state
+from flax_resnet.config import Experiment, ResNetConfig
+from flax_resnet.errors import CheckpointError, TrainingError
+from flax_resnet.train import TrainState, init
+
+
+def state_at(step: int) -> TrainState:
+    """A state of which every number depends on the step."""
+    _, state = init(Experiment(model=ResNetConfig(8)))
+    return jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), state)
+
+
+def save(directory: Path, *errors: float | None) -> None:
+    """Checkpoints of steps 1, 2, ... with these test errors."""
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        for step, error in enumerate(errors, 1):
+            checkpoints.save(state_at(step), error)
+
+
+def largest_file(directory: Path) -> Path:
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_checkpoint_gives_back_every_bit(tmp_path: Path) -> None:
+    save(tmp_path, None, None)
+    assert digest(load_state(tmp_path, state_at(0))) == digest(state_at(2))
+    assert digest(load_state(tmp_path, state_at(0), 1)) == digest(state_at(1))
+
+
+def test_the_two_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, 0.5, 0.1, 0.4, None, 0.3)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert set(checkpoints.manager.all_steps()) >= {2, 4, 5}
+        assert not set(checkpoints.manager.all_steps()) & {1}
+        assert checkpoints.best_step() == 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, None, None)
+    rng = np.random.default_rng(0)
+    path = largest_file(tmp_path / "checkpoints" / "2")
+    whole = path.read_bytes()
+    for _ in range(10):
+        content = bytearray(whole)
+        position = int(rng.integers(len(content)))
+        if damage == "remove":
+            path.unlink(missing_ok=True)
+        elif damage == "truncate":
+            path.write_bytes(content[:position])
+        else:
+            content[position] ^= 1 << int(rng.integers(8))
+            path.write_bytes(content)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="flax_resnet"):
+            state = load_state(tmp_path, state_at(0))
+        assert digest(state) == digest(state_at(1))
+        assert "checkpoints/2" in caplog.text
+
+
+def test_no_good_checkpoint_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
+    save(tmp_path, None, None)
+    for step in "12":
+        path = largest_file(tmp_path / "checkpoints" / step)
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(tried steps"):
+        load_state(tmp_path, state_at(0))
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    state = state_at(1)
+    state.params["fc"]["bias"] = state.params["fc"]["bias"].at[3].set(jnp.nan)
+    with (
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+        pytest.raises(TrainingError, match=r"not finite at step 1: .*fc.*bias"),
+    ):
+        checkpoints.save(state, None)
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        load_state(tmp_path, state_at(0))
