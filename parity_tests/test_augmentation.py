@@ -1,0 +1,362 @@
+"""Claim: a step sees the right pixels: drawn uniformly, cut exactly, and in PyTorch the same ones.
+
+Crop and flip only copy numbers, so they must equal slices of a padded array to the bit. For the
+draws chi-square over 128,000 examples and four fixed seeds: p > 1e-4 (measured: 0.05 or more), a
+mutant's is below 1e-100.
+
+PyTorch's pixels are ours to the bit for the paper's preprocessing in float32: one subtraction of
+the same two numbers. The others also scale and divide, which XLA contracts to fewer roundings than
+PyTorch makes, and REFERENCE sums each image in another order: within 4 ulp of the largest pixel
+(measured: 3 for REFERENCE, 2 for the others). In float64 all within 1e-15 relative (measured:
+5.2e-16, and 0 for the paper's).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from flax_resnet import data, evaluation, sharding, train
+from flax_resnet.cifar10 import Examples
+from flax_resnet.config import DataConfig, Experiment, Preprocess, ResNetConfig
+from flax_resnet.data import Draw
+
+CONFIG = DataConfig()
+every_preprocess = pytest.mark.parametrize("preprocess", Preprocess, ids=lambda p: p.value)
+OFFSETS = [(down, right) for down in range(9) for right in range(9)]
+
+
+def random_examples(n: int, shape: tuple[int, int] = (32, 32)) -> Examples:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (n, *shape, 3), np.uint8)
+    return Examples(image, rng.integers(0, 10, n, np.int32))
+
+
+def by_hand(image: np.ndarray, offset: np.ndarray, flip: np.ndarray, pad: int) -> np.ndarray:
+    """Crop and flip, an image at a time, in plain NumPy."""
+    n, height, width, channels = image.shape
+    result = np.empty_like(image)
+    for i in range(n):
+        padded = np.zeros((height + 2 * pad, width + 2 * pad, channels), image.dtype)
+        padded[pad : pad + height, pad : pad + width] = image[i]
+        down, right = offset[i]
+        crop = padded[down : down + height, right : right + width]
+        result[i] = crop[:, ::-1] if flip[i] else crop
+    return result
+
+
+# --- The pixels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (6, 10)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_each_offset_and_flip_cuts_what_slicing_by_hand_does(
+    shape: tuple[int, int], dtype: str
+) -> None:
+    image = random_examples(2 * len(OFFSETS), shape).image.astype(dtype) - 100
+    offset, flip = np.array(OFFSETS * 2, np.int32), np.arange(len(image)) < len(OFFSETS)
+    ours = jax.jit(data.crop_and_flip, static_argnums=3)(image, offset, flip, 4)
+    assert ours.dtype == dtype
+    np.testing.assert_array_equal(ours, by_hand(image, offset, flip, 4))
+
+
+@pytest.mark.parametrize("pad", [0, 1, 2, 3])
+def test_other_paddings_too(pad: int) -> None:
+    config = DataConfig(pad=pad)
+    drawn = data.draw(config, seed=0, step=0, batch_size=64, num_examples=64)
+    image = random_examples(64).image.astype("float32")
+    ours = jax.jit(data.crop_and_flip, static_argnums=3)(image, drawn.offset, drawn.flip, pad)
+    np.testing.assert_array_equal(ours, by_hand(image, drawn.offset, drawn.flip, pad))
+
+
+def flip_first(image: jax.Array, offset: jax.Array, flip: jax.Array) -> jax.Array:
+    image = jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
+    return data.crop_and_flip(image, offset, jnp.zeros_like(flip), 4)
+
+
+def flip_upside_down(image: jax.Array, offset: jax.Array, flip: jax.Array) -> jax.Array:
+    turned = data.crop_and_flip(image.transpose(0, 2, 1, 3), offset[:, ::-1], flip, 4)
+    return turned.transpose(0, 2, 1, 3)
+
+
+def pad_with_the_edge(image: jax.Array, offset: jax.Array, flip: jax.Array) -> jax.Array:
+    wide = jnp.pad(image, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+    return data.crop_and_flip(wide, offset + 4, flip, 4)[:, :32, :32]
+
+
+CUTS = {
+    "axes swapped": lambda x, offset, flip: data.crop_and_flip(x, offset[:, ::-1], flip, 4),
+    "a pixel off": lambda x, offset, flip: data.crop_and_flip(x, (offset + 1) % 9, flip, 4),
+    "the others flipped": lambda x, offset, flip: data.crop_and_flip(x, offset, ~flip, 4),
+    "flipped, then cropped": flip_first,
+    "flipped upside down": flip_upside_down,
+    "padded with the edge": pad_with_the_edge,
+}
+
+
+@pytest.mark.parametrize("mutant", CUTS.values(), ids=CUTS)
+def test_a_mutant_cuts_something_else(mutant: Callable) -> None:
+    image = random_examples(len(OFFSETS)).image.astype("float32")
+    offset, flip = np.array(OFFSETS, np.int32), np.arange(len(image)) % 2 == 0
+    ours, wrong = by_hand(image, offset, flip, 4), mutant(*map(jnp.asarray, (image, offset, flip)))
+    assert wrong.shape == ours.shape
+    assert (ours != wrong).mean() > 0.05
+
+
+def training_image(
+    examples: Examples, drawn: Draw, preprocess: Preprocess, dtype: str
+) -> np.ndarray:
+    """A training batch's pixels, by the compiled library."""
+    constants = data.make_normalization(preprocess, examples.image)
+
+    @jax.jit
+    def batch(examples: Examples, drawn: Draw) -> data.Batch:
+        return data.training_batch(examples, drawn, constants, 4, jnp.dtype(dtype))
+
+    return np.asarray(batch(examples, drawn).image)
+
+
+def normalized_by_hand(examples: Examples, preprocess: Preprocess) -> np.ndarray:
+    """Every image in float64, as the table in config.Preprocess says."""
+    x = examples.image.astype(np.float64)
+    match preprocess:
+        case Preprocess.PAPER:
+            return x - x.mean(0)
+        case Preprocess.REFERENCE:
+            return x / 255 - (x / 255).mean((1, 2), keepdims=True)
+        case Preprocess.AKAMASTER:
+            return (x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        case Preprocess.STANDARDIZE:
+            return (x - x.mean((0, 1, 2))) / x.std((0, 1, 2))
+
+
+@every_preprocess
+def test_the_padding_is_zero_after_the_subtraction(preprocess: Preprocess) -> None:
+    """1e-6 relative: STANDARDIZE sums squares in float32 (measured: 3.5e-14)."""
+    examples = random_examples(162)
+    drawn = Draw(
+        np.arange(162, dtype=np.int32), np.array(OFFSETS * 2, np.int32), np.arange(162) % 2 == 0
+    )
+    ours = training_image(examples, drawn, preprocess, "float64")
+    by_the_book = normalized_by_hand(examples, preprocess)
+    right = by_hand(by_the_book, drawn.offset, drawn.flip, 4)
+    np.testing.assert_allclose(ours, right, rtol=0, atol=1e-6 * np.abs(right).max())
+    outside = by_hand(np.ones_like(right), drawn.offset, drawn.flip, 4) == 0
+    assert (ours[outside] == 0).all()
+
+    raw = by_hand(examples.image, drawn.offset, drawn.flip, 4)  # the mutant: pad, then subtract
+    mutant = normalized_by_hand(Examples(raw, examples.label), preprocess)
+    assert np.abs(mutant - right).max() > 0.1 * np.abs(right).max()
+
+
+def torch_image(
+    examples: Examples, drawn: Draw, constants: data.Normalization, dtype: str
+) -> np.ndarray:
+    """A training batch's pixels, by the twin; in our layout."""
+    torch = pytest.importorskip("torch", reason="the other side is PyTorch")
+    from torch_ref import data as twin
+
+    image = twin.normalize(examples.image[drawn.index], *constants, getattr(torch, dtype))
+    image = twin.crop_and_flip(image, drawn.offset, drawn.flip, CONFIG.pad)
+    return image.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_preprocess
+def test_pytorch_sees_the_same_pixels(preprocess: Preprocess, dtype: str) -> None:
+    examples = random_examples(300)
+    drawn = data.draw(CONFIG, seed=3, step=5, batch_size=128, num_examples=300)
+    ours = training_image(examples, drawn, preprocess, dtype)
+    constants = data.make_normalization(preprocess, examples.image)
+    theirs = torch_image(examples, drawn, constants, dtype)
+    assert ours.dtype == theirs.dtype == dtype
+    largest = np.abs(theirs).max()
+    difference = np.abs(ours - theirs).max()
+    if preprocess is Preprocess.PAPER and dtype == "float32":
+        np.testing.assert_array_equal(ours, theirs)
+    else:
+        assert difference <= (1e-15 * largest if dtype == "float64" else 4 * np.spacing(largest))
+
+
+@pytest.mark.parametrize("mutant", ["seed", "step", "scale", "channel order"])
+def test_a_mutant_shows_pytorch_other_pixels(mutant: str) -> None:
+    examples = random_examples(300)
+    constants = data.make_normalization(Preprocess.AKAMASTER, examples.image)
+    drawn = data.draw(CONFIG, 3, 5, 128, 300)
+    ours = training_image(examples, drawn, Preprocess.AKAMASTER, "float32")
+    drawn = data.draw(CONFIG, 3 + (mutant == "seed"), 5 + (mutant == "step"), 128, 300)
+    if mutant == "scale":
+        constants = constants._replace(scale=1 / 256)
+    if mutant == "channel order":
+        examples = examples._replace(image=examples.image[..., ::-1])
+    theirs = torch_image(examples, drawn, constants, "float32")
+    assert np.abs(ours - theirs).max() > 1e-3 * np.abs(theirs).max()
+
+
+# --- The draws ------------------------------------------------------------------------------------
+
+
+def draws(config: DataConfig = CONFIG, seed: int = 0, steps: int = 1000) -> Draw:
+    """Those of many steps, one after the other."""
+    parts = [data.draw(config, seed, step, 128, 1000) for step in range(steps)]
+    return Draw(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def uniformity(offset: np.ndarray, flip: np.ndarray) -> dict[str, float]:
+    """p-values of: uniform, and independent of one another and of the example before."""
+    cell = offset[:, 0] * 9 + offset[:, 1]
+    step_on = offset[1:, 0] * 9 + offset[:-1, 0]
+    return {
+        "offset": stats.chisquare(np.bincount(cell, minlength=81)).pvalue,
+        "flip": stats.chisquare(np.bincount(flip, minlength=2)).pvalue,
+        "offset and flip": stats.chisquare(np.bincount(cell * 2 + flip, minlength=162)).pvalue,
+        "example before": stats.chisquare(np.bincount(step_on, minlength=81)).pvalue,
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_offsets_and_flips_are_uniform_and_independent(seed: int) -> None:
+    drawn = draws(seed=seed)
+    p_values = uniformity(drawn.offset, drawn.flip)
+    assert min(p_values.values()) > 1e-4, p_values
+
+
+DRAWS = {
+    "never the last offset": lambda at, flip: (at % 8, flip),
+    "one offset for both axes": lambda at, flip: (at[:, [0, 0]], flip),
+    "flip tied to the offset": lambda at, flip: (at, at[:, 0] > 4),
+    "flips four in ten": lambda at, flip: (at, flip & (np.arange(len(flip)) % 5 != 0)),
+    "one draw for two examples": lambda at, flip: (at.repeat(2, 0), flip.repeat(2)),
+}
+
+
+@pytest.mark.parametrize("mutant", DRAWS.values(), ids=DRAWS)
+def test_a_mutant_is_not_uniform(mutant: Callable) -> None:
+    drawn = draws()
+    p_values = uniformity(*mutant(drawn.offset, drawn.flip))
+    assert min(p_values.values()) < 1e-100, p_values
+
+
+def test_without_flip_none_is_flipped_and_the_rest_is_the_same() -> None:
+    still = draws(DataConfig(flip=False), steps=10)
+    assert not still.flip.any()
+    np.testing.assert_array_equal(still.offset, draws(steps=10).offset)
+
+
+def epochs(batch_size: int, n: int) -> np.ndarray:
+    """The examples of four epochs, in the order in which steps see them."""
+    steps = -(-4 * n // batch_size)
+    index = [data.draw(CONFIG, 0, step, batch_size, n).index for step in range(steps)]
+    return np.concatenate(index)[: 4 * n].reshape(4, n)
+
+
+@pytest.mark.parametrize(("batch_size", "n"), [(10, 50), (7, 50), (64, 50), (128, 10)])
+def test_each_epoch_sees_every_example_once_in_an_order_of_its_own(batch_size: int, n: int) -> None:
+    index = epochs(batch_size, n)
+    np.testing.assert_array_equal(np.sort(index), np.tile(np.arange(n), (4, 1)))
+    assert len(np.unique(index, axis=0)) == 4
+
+
+def test_a_mutant_that_draws_with_replacement_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replacing(seed: int, epoch: int, n: int) -> np.ndarray:
+        return data.random_integers(seed, data.ORDER, epoch, n) % np.uint64(n)
+
+    monkeypatch.setattr(data, "permutation", replacing)
+    assert (np.sort(epochs(7, 50)) != np.arange(50)).any()
+
+
+def test_a_draw_is_a_pure_function_of_seed_and_step() -> None:
+    def draw(seed: int, step: int) -> bytes:
+        return b"".join(x.tobytes() for x in data.draw(CONFIG, seed, step, 128, 1000))
+
+    order = [(seed, step) for seed in range(5) for step in range(20)]
+    first = {at: draw(*at) for at in order}
+    data.permutation.cache_clear()
+    np.random.default_rng(1).shuffle(order)
+    assert {at: draw(*at) for at in order} == first
+    assert len(set(first.values())) == len(first)  # different seeds and steps differ
+
+
+def raw_numbers() -> np.ndarray:
+    """All that 200 steps of two runs draw, orders and augmentation."""
+    raw = [
+        data.random_integers(seed, stream, step, 3 * 128)
+        for seed in range(2)
+        for stream in (data.ORDER, data.AUGMENTATION)
+        for step in range(200)
+    ]
+    return np.concatenate(raw)
+
+
+def test_no_two_steps_share_their_random_numbers() -> None:
+    assert len(np.unique(raw_numbers())) == len(raw_numbers())
+
+
+def test_a_mutant_whose_counters_overlap_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overlapping(seed: int, stream: int, counter: int, size: int) -> np.ndarray:
+        return np.random.Philox(key=[seed, stream], counter=[counter, 0, 0, 0]).random_raw(size)
+
+    monkeypatch.setattr(data, "random_integers", overlapping)
+    assert len(np.unique(raw_numbers())) < len(raw_numbers()) / 10
+
+
+def test_a_draw_is_the_same_for_ever() -> None:
+    drawn = data.draw(CONFIG, seed=1, step=2, batch_size=4, num_examples=10)
+    np.testing.assert_array_equal(drawn.index, [1, 4, 4, 0])
+    np.testing.assert_array_equal(drawn.offset, [[0, 7], [3, 4], [0, 0], [8, 1]])
+    np.testing.assert_array_equal(drawn.flip, [False, True, False, False])
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def test_evaluation_batches_hold_every_example_once_and_padding() -> None:
+    examples = random_examples(10)
+    constants = data.make_normalization(Preprocess.PAPER, examples.image)
+    on_device = Examples(*map(jnp.asarray, examples))
+    index = jnp.array([7, 8, 9, -1, -1])
+    batch = data.evaluation_batch(on_device, index, constants, jnp.float32)
+    np.testing.assert_array_equal(batch.label, [*examples.label[7:], -1, -1])
+    right = examples.image[7:] - constants.mean.astype(np.float32)
+    np.testing.assert_array_equal(batch.image[:3], right)
+
+
+N_TEST = 30
+
+
+def evaluate(batch_size: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(in batches, all at once): the mean loss and the error of 30 examples."""
+    config = Experiment(model=ResNetConfig.paper(8))
+    program, state = train.init(config)
+    examples = random_examples(N_TEST)
+    constants = data.make_normalization(Preprocess.REFERENCE, examples.image)
+    mesh = sharding.data_mesh()
+    call = evaluation.make_evaluate(config.model, program, constants, mesh, batch_size)
+    arguments = (state.params, state.batch_stats, examples)
+    ours = call(*sharding.replicate(mesh, arguments))
+    image = data.normalize(jnp.asarray(examples.image), constants, jnp.float32)
+    batch = data.Batch(image, jnp.asarray(examples.label))
+    return ours, train.eval_step(program, state.params, state.batch_stats, batch).mean()
+
+
+@pytest.mark.parametrize("batch_size", [7, 10, 64])
+def test_evaluation_counts_each_example_once_and_padding_nowhere(batch_size: int) -> None:
+    """1e-6 relative: the order of float32 sums (measured: EVAL); one example more moves it 1e-3."""
+    ours, whole = evaluate(batch_size)
+    assert ours["error"] == whole["error"]
+    assert ours["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_a_mutant_that_counts_the_padding_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counts(
+        examples: Examples, index: jax.Array, constants: data.Normalization, dtype: jnp.dtype
+    ) -> data.Batch:
+        image = data.normalize(examples.image[index], constants, dtype)
+        return data.Batch(image, examples.label[index])
+
+    monkeypatch.setattr(data, "evaluation_batch", counts)
+    ours, whole = evaluate(7)
+    assert abs(ours["loss"] / whole["loss"] - 1) > 1e-4
