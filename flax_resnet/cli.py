@@ -30,9 +30,14 @@ def define_overrides() -> flags.FlagHolder:
     return config_flags.DEFINE_config_dataclass("config", Experiment())
 
 
+def overrides() -> dict[str, Any]:
+    """What the command line says, by path, such as {"model.depth": 20}."""
+    return config_flags.get_override_values(flags.FLAGS["config"])
+
+
 def override(config: Experiment) -> Experiment:
     """`config` with the settings given on the command line, checked."""
-    for path, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
+    for path, value in overrides().items():
         *groups, name = path.split(".")
         holder = config
         for group in groups:
@@ -53,8 +58,12 @@ def checked(config: Experiment) -> Experiment:
     return config
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses flags and calls `main`. A user's mistake becomes one line and exit code 2."""
+def run(main: Callable[..., None], *names: str) -> None:
+    """Parses flags and calls `main`. A user's mistake becomes one line and exit code 2.
+
+    Args:
+        names: of the arguments that `main` takes from the command line, such as "SRC".
+    """
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and TFDS speak to their own developers
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -62,13 +71,17 @@ def run(main: Callable[[], None]) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    app.run(lambda argv: guarded(lambda: call(main, argv)), flags_parser=parse_flags)
+    app.run(lambda argv: guarded(lambda: call(main, argv, names)), flags_parser=parse_flags)
 
 
-def call(main: Callable[[], None], argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise ConfigError(f"no such argument: {argv[1]!r}; settings are --config.NAME=VALUE")
-    main()
+def call(main: Callable[..., None], argv: list[str], names: tuple[str, ...]) -> None:
+    if len(argv) - 1 > len(names):
+        raise ConfigError(
+            f"no such argument: {argv[len(names) + 1]!r}; settings are --config.NAME=VALUE"
+        )
+    if len(argv) - 1 < len(names):
+        raise ConfigError(f"missing argument: {names[len(argv) - 1]}; usage: {' '.join(names)}")
+    main(*argv[1:])
 
 
 def parse_flags(argv: list[str]) -> list[str]:

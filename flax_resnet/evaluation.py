@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from flax_resnet import data, sharding
@@ -11,9 +12,12 @@ from flax_resnet.cifar10 import Examples
 from flax_resnet.config import ResNetConfig
 from flax_resnet.data import Normalization
 from flax_resnet.resnet import param_dtype
-from flax_resnet.train import Metrics, Program, Tree, eval_step
+from flax_resnet.torch_weights import abstract
+from flax_resnet.train import Metrics, Program, Tree, eval_step, measure
 
 Evaluate = Callable[[Tree, Tree, Examples], dict[str, float]]
+
+REFERENCE_BATCH_SIZE = 128
 
 
 def make_evaluate(
@@ -27,9 +31,7 @@ def make_evaluate(
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
 
-    def step(
-        total: Metrics, constant: tuple[Tree, Tree, Examples], index: jax.Array
-    ) -> Metrics:
+    def step(total: Metrics, constant: tuple[Tree, Tree, Examples], index: jax.Array) -> Metrics:
         params, batch_stats, examples = constant
         batch = data.evaluation_batch(examples, index, constants, param_dtype(config))
         return total.plus(eval_step(program, params, batch_stats, batch))
@@ -43,6 +45,35 @@ def make_evaluate(
             index = np.arange(start, start + batch_size, dtype=np.int32)
             index = sharding.split_batch(mesh, np.where(index < size, index, -1))
             total = call(total, (params, batch_stats, examples), index)
+        return total.mean()
+
+    return evaluate
+
+
+def make_evaluate_as_reference(
+    config: ResNetConfig, constants: Normalization, mesh: Mesh
+) -> Evaluate:
+    """Like `make_evaluate`, with the reference's slip: BatchNorm stays in training mode.
+
+    It normalises each test batch (128 images in order, the last batch being what is left) by the
+    batch's own statistics. The reference let the running ones follow them; here they stay.
+    """
+    graphdef, _, _ = abstract(config)
+
+    def step(total: Metrics, constant: tuple[Tree, Tree, Examples], index: jax.Array) -> Metrics:
+        params, batch_stats, examples = constant
+        batch = data.evaluation_batch(examples, index, constants, param_dtype(config))
+        model = nnx.merge(graphdef, params, batch_stats, copy=True)
+        return total.plus(measure(model(batch.image), batch.label))
+
+    call = sharding.compile_step(step, mesh)
+
+    def evaluate(params: Tree, batch_stats: Tree, examples: Examples) -> dict[str, float]:
+        total = sharding.replicate(mesh, Metrics.zeros())
+        index = np.arange(len(examples.label), dtype=np.int32)
+        for start in range(0, len(index), REFERENCE_BATCH_SIZE):
+            part = sharding.replicate(mesh, index[start : start + REFERENCE_BATCH_SIZE])
+            total = call(total, (params, batch_stats, examples), part)
         return total.mean()
 
     return evaluate

@@ -1,37 +1,64 @@
-"""Test error of a run: `python scripts/evaluate.py --checkpoint runs/resnet20`.
+"""Test error of a network: `python scripts/evaluate.py --checkpoint runs/resnet20`.
 
-A work directory stands for its newest checkpoint, `WORKDIR/checkpoints/STEP` for that one. The
-settings are the run's own; each can be overridden: `--config.data.dir=...`. The last line printed
-is JSON: {"test_error": fraction, "test_loss": nats per example, "examples": count}.
+A work directory stands for its newest checkpoint, `WORKDIR/checkpoints/STEP` for that one, and a
+PyTorch file (.pt, .pth, .th, .safetensors) for itself. Settings are the run's own, or what the
+file's keys tell; each can be overridden: `--config.data.dir=...`. What no key of a file tells is
+assumed and said: `--preprocess`, `--config.model.shortcut` and `--config.model.channel_pad` tell
+it. The last line printed is JSON: {"test_error": fraction, "test_loss": nats per example,
+"examples": count}.
 """
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from absl import flags
 
-from flax_resnet import cli, data, sharding, workdir
+from flax_resnet import cli, data, sharding, torch_files, workdir
 from flax_resnet.checkpoint import load_state
-from flax_resnet.evaluation import make_evaluate
-from flax_resnet.train import init
+from flax_resnet.config import DataConfig, Experiment, Preprocess
+from flax_resnet.errors import ConfigError
+from flax_resnet.evaluation import make_evaluate, make_evaluate_as_reference
+from flax_resnet.resnet import param_dtype
+from flax_resnet.torch_weights import USUAL_PREPROCESS, from_state_dict
+from flax_resnet.train import Tree, init
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "WORKDIR or WORKDIR/checkpoints/STEP")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "WORKDIR, WORKDIR/checkpoints/STEP or a PyTorch file"
+)
+PREPROCESS = flags.DEFINE_enum_class("preprocess", None, Preprocess, "how pixels become numbers")
+BATCH_STATISTICS = flags.DEFINE_bool(
+    "batch_statistics", False, "evaluate as the reference did: BatchNorm uses the test batch's"
+)
 flags.mark_flag_as_required("checkpoint")
 cli.define_overrides()
 
 
+class Subject(NamedTuple):
+    """What is to be evaluated."""
+
+    config: Experiment
+    params: Tree
+    batch_stats: Tree
+    title: str
+
+
 def main() -> None:
-    directory, step = workdir.locate(Path(CHECKPOINT.value))
-    config = cli.override(workdir.read_config(directory))
+    path = Path(CHECKPOINT.value)
+    config, params, batch_stats, title = read_run(path) if path.is_dir() else read_torch(path)
+    print(f"{title}, preprocess {config.data.preprocess.value}")
     splits = data.load(config.data)
     mesh = sharding.data_mesh()
-    program, state = init(config)
-    state = load_state(directory, sharding.replicate(mesh, state), step)
     constants = data.make_normalization(config.data.preprocess, splits["train"].image)
-    evaluate = make_evaluate(config.model, program, constants, mesh, config.train.eval_batch_size)
-    test = sharding.replicate(mesh, splits["test"])
-    result = evaluate(state.params, state.batch_stats, test)
-    print(f"{directory}, step {state.step}")
+    if BATCH_STATISTICS.value:
+        evaluate = make_evaluate_as_reference(config.model, constants, mesh)
+    else:
+        size = config.train.eval_batch_size
+        evaluate = make_evaluate(config.model, init(config)[0], constants, mesh, size)
+    result = evaluate(*sharding.replicate(mesh, (params, batch_stats, splits["test"])))
     print(
         json.dumps(
             {
@@ -41,6 +68,45 @@ def main() -> None:
             }
         )
     )
+
+
+def read_run(path: Path) -> Subject:
+    directory, step = workdir.locate(path)
+    config = with_preprocess(cli.override(workdir.read_config(directory)))
+    _, like = init(config)
+    state = load_state(directory, sharding.replicate(sharding.data_mesh(), like), step)
+    return Subject(config, state.params, state.batch_stats, f"{directory}, step {state.step}")
+
+
+def read_torch(path: Path) -> Subject:
+    contents = torch_files.read(path)
+    told = cli.overrides()
+    jax.config.update("jax_enable_x64", True)  # the file may hold float64; `override` decides
+    imported = from_state_dict(
+        contents.state_dict,
+        shortcut=told.get("model.shortcut"),
+        channel_pad=told.get("model.channel_pad"),
+        depth=told.get("model.depth"),
+    )
+    for choice in imported.choices:
+        print(f"assumed: {choice}")
+    usual = DataConfig(preprocess=USUAL_PREPROCESS[imported.layout])
+    model = dataclasses.replace(imported.config)
+    config = with_preprocess(cli.override(Experiment(model=model, data=usual)))
+    if dataclasses.replace(config.model, dtype=imported.config.dtype) != imported.config:
+        raise ConfigError(
+            f"{path} tells itself what its network is; --config.model takes the shortcut, "
+            "channel_pad, depth and dtype of a PyTorch file, nothing else"
+        )
+    arrays = imported.params, imported.batch_stats
+    params, batch_stats = jax.tree.map(lambda x: jnp.array(x, param_dtype(config.model)), arrays)
+    return Subject(config, params, batch_stats, f"{path}, layout {imported.layout.value}")
+
+
+def with_preprocess(config: Experiment) -> Experiment:
+    if PREPROCESS.value:
+        config.data.preprocess = PREPROCESS.value
+    return config
 
 
 if __name__ == "__main__":

@@ -1,0 +1,258 @@
+"""A network from PyTorch to Flax or back: `python scripts/convert.py SRC DST`.
+
+SRC is a PyTorch file (.pt, .pth, .th, .safetensors) in any layout that `Layout` names, a run's
+work directory, or one of its checkpoints, WORKDIR/checkpoints/STEP. DST's ending says what is
+written: a PyTorch file, or without an ending a work directory, which scripts/evaluate.py and this
+script read. Printed are every key with its shape and where it went, what was assumed where no key
+tells, and how far the two networks' logits on the same random images are apart.
+
+Not converted: the optimizer's state (a new work directory begins with momentum 0), and the
+projections that the reference's files hold but do not use (named in the table).
+"""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from absl import flags
+from flax import nnx
+
+from flax_resnet import cli, torch_files, workdir
+from flax_resnet.checkpoint import Checkpoints, load_state
+from flax_resnet.config import (
+    ChannelPad,
+    DataConfig,
+    DType,
+    Experiment,
+    Preprocess,
+    ResNetConfig,
+    Shortcut,
+)
+from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.optim import make_optimizer
+from flax_resnet.torch_weights import (
+    COUNTER,
+    UNUSED,
+    USUAL_PREPROCESS,
+    Imported,
+    Layout,
+    StateDict,
+    abstract,
+    flax_leaves,
+    from_state_dict,
+    to_key,
+    to_name,
+    to_state_dict,
+)
+from flax_resnet.train import Metrics, TrainState, Tree, init
+from torch_ref.resnet import ResNet as TorchResNet
+
+LAYOUT = flags.DEFINE_enum_class("layout", Layout.TWIN, Layout, "keys of the PyTorch file to write")
+SHORTCUT = flags.DEFINE_enum_class(
+    "shortcut", None, Shortcut, "of a PyTorch SRC: no key tells plain from A"
+)
+CHANNEL_PAD = flags.DEFINE_enum_class(
+    "channel_pad", None, ChannelPad, "of a PyTorch SRC with option A: no key tells"
+)
+DEPTH = flags.DEFINE_integer("depth", None, "what a PyTorch SRC must be")
+PREPROCESS = flags.DEFINE_enum_class(
+    "preprocess", None, Preprocess, "for a DST directory's config.json; default: the layout's usual"
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace DST if it is there")
+
+LIMIT = {DType.FLOAT32: 1e-3, DType.FLOAT64: 1e-9}  # rounding alone: 1e-6 and 1e-15
+
+
+def main(src: str, dst: str) -> None:
+    source, target = Path(src), Path(dst)
+    to_flax = is_directory_name(dst)
+    check_target(source, target, to_flax)
+    jax.config.update("jax_enable_x64", True)
+    imported, state_dict = read_flax(source) if source.is_dir() else read_torch(source)
+    config = imported.config
+    if to_flax:
+        compare(imported, state_dict, imported.layout)
+        write_flax(target, imported)
+    else:
+        layout = LAYOUT.value
+        state_dict = to_state_dict(
+            config, imported.params, imported.batch_stats, step=imported.step, layout=layout
+        )
+        print_written(imported, state_dict, layout)
+        compare(imported, state_dict, layout)
+        torch_files.write(target, state_dict, layout)
+    print(f"written: {target}")
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def read_torch(path: Path) -> tuple[Imported, StateDict]:
+    contents = torch_files.read(path)
+    imported = from_state_dict(
+        contents.state_dict,
+        shortcut=SHORTCUT.value,
+        channel_pad=CHANNEL_PAD.value,
+        depth=DEPTH.value,
+    )
+    print(f"read: {path}, layout {imported.layout.value}, step {imported.step}")
+    leaves = flax_leaves(imported.params) | flax_leaves(imported.batch_stats)
+    print_table(
+        (row.key, row.shape, *leaves.get(row.name, (row.name, ()))) for row in imported.rows
+    )
+    unused = [row.key for row in imported.rows if row.name == UNUSED] + contents.ignored
+    print(f"unused: {', '.join(unused) or 'nothing'}")
+    for choice in imported.choices:
+        print(f"assumed: {choice}")
+    print(f"network: {describe(imported.config)}")
+    return imported, contents.state_dict
+
+
+def read_flax(path: Path) -> tuple[Imported, StateDict]:
+    if any(flag.present for flag in (SHORTCUT, CHANNEL_PAD, DEPTH)):
+        raise ConfigError(f"{path} says itself what its network is: no --shortcut and the like")
+    directory, step = workdir.locate(path)
+    config = workdir.read_config(directory)
+    config.validate()
+    like = jax.eval_shape(lambda: init(config)[1])
+    state = load_state(directory, like, step)
+    print(f"read: {directory}, step {state.step}")
+    print(f"network: {describe(config.model)}")
+    params, batch_stats = jax.device_get((state.params, state.batch_stats))
+    step = int(state.step)
+    return Imported(config.model, params, batch_stats, step, Layout.TWIN, [], []), {}
+
+
+def describe(config: ResNetConfig) -> str:
+    """Such as "depth 20, shortcut A, ..."."""
+    items = Experiment(model=config).to_dict()["model"].items()
+    return ", ".join(f"{name} {value}" for name, value in items)
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def is_directory_name(dst: str) -> bool:
+    suffix = Path(dst).suffix
+    if suffix in torch_files.SUFFIXES:
+        return False
+    if suffix and not dst.endswith(os.sep):
+        raise ConfigError(
+            f"DST must end in one of {', '.join(torch_files.SUFFIXES)}, or in no such ending or a "
+            f"slash for a directory, got {dst}"
+        )
+    return True
+
+
+def check_target(source: Path, target: Path, to_flax: bool) -> None:
+    """Raises unless `target` can be written: before any work, and so that nothing is lost."""
+    if to_flax and source.is_dir():
+        raise ConfigError(f"{source} and {target} are both Flax's: nothing to convert")
+    if not target.exists():
+        return
+    if not OVERWRITE.value:
+        raise ConfigError(f"{target} is there already; --overwrite replaces it")
+    if target.is_dir() != to_flax or (
+        to_flax and not {p.name for p in target.iterdir()} <= {"config.json", "checkpoints"}
+    ):
+        raise ConfigError(f"{target} is nothing that convert.py wrote; remove it yourself")
+
+
+def write_flax(target: Path, imported: Imported) -> None:
+    """A work directory with one checkpoint, whole or not at all."""
+    preprocess = PREPROCESS.value or USUAL_PREPROCESS[imported.layout]
+    if not PREPROCESS.present:
+        print(f"assumed: preprocess {preprocess.value} (no key tells; the layout's usual)")
+    config = Experiment(model=imported.config, data=DataConfig(preprocess=preprocess))
+    params, batch_stats = jax.tree.map(jnp.array, (imported.params, imported.batch_stats))
+    optimizer = make_optimizer(config.optim).init(params)
+    step = jnp.array(imported.step, jnp.int32)
+    state = TrainState(step, params, batch_stats, optimizer, Metrics.zeros())
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        workdir.write_json(temporary / "config.json", config.to_dict())
+        with Checkpoints(temporary / "checkpoints") as checkpoints:
+            checkpoints.save(state, None)
+        load_state(temporary, state)  # read back: its digest is that of what was saved
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def print_written(imported: Imported, state_dict: StateDict, layout: Layout) -> None:
+    n = imported.config.blocks_per_stage
+    leaves = flax_leaves(imported.params) | flax_leaves(imported.batch_stats)
+    origins = {to_key(name, layout, n): leaf for name, leaf in leaves.items()}
+
+    def origin(key: str) -> tuple[str, tuple[int, ...]]:
+        return origins.get(key, (COUNTER if key.endswith("num_batches_tracked") else UNUSED, ()))
+
+    print_table((*origin(key), key, array.shape) for key, array in state_dict.items())
+    config = imported.config
+    if (
+        layout is Layout.AKAMASTER
+        and config.shortcut is Shortcut.A
+        and config.channel_pad is not ChannelPad.CENTRE
+    ):
+        print("note: akamaster's own code pads at the centre, this network at the end")
+
+
+def print_table(rows) -> None:
+    """Columns as wide as they need be, with an arrow in the middle."""
+    cells = [[str(cell) if cell != () else "()" for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        a, b, c, d = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(f"{a}  {b}  ->  {c}  {d}".rstrip())
+
+
+# --- Comparing ------------------------------------------------------------------------------------
+
+
+def compare(imported: Imported, state_dict: StateDict, layout: Layout) -> None:
+    """Prints how far Flax's logits are from those of PyTorch with the PyTorch side's arrays.
+
+    Raises:
+        WeightsError: further than rounding explains.
+    """
+    named = {to_name(key, layout, state_dict): array for key, array in state_dict.items()}
+    image = np.random.default_rng(0).normal(size=(8, 32, 32, 3))
+    differences = {}
+    for dtype in LIMIT:
+        config = dataclasses.replace(imported.config, dtype=dtype)
+        ours, theirs = flax_logits(config, imported, image), torch_logits(config, named, image)
+        differences[dtype] = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    found = ", ".join(f"{dtype.value} {value:.1e}" for dtype, value in differences.items())
+    print(f"largest difference of the logits, relative, on {len(image)} random images: {found}")
+    if not all(differences[dtype] <= LIMIT[dtype] for dtype in LIMIT):
+        raise WeightsError(f"the two networks differ by more than rounding ({found})")
+
+
+def flax_logits(config: ResNetConfig, imported: Imported, image: np.ndarray) -> np.ndarray:
+    graphdef, _, _ = abstract(config)
+    arrays = (imported.params, imported.batch_stats)
+    trees: tuple[Tree, Tree] = jax.tree.map(lambda x: jnp.array(x, config.dtype.value), arrays)
+    model = nnx.merge(graphdef, *trees)
+    model.eval()
+    return np.asarray(jax.jit(lambda x: model(x))(jnp.array(image, config.dtype.value)))
+
+
+@torch.no_grad()
+def torch_logits(config: ResNetConfig, named: StateDict, image: np.ndarray) -> np.ndarray:
+    twin = TorchResNet(config).eval()
+    tensors = torch_files.tensors(named)
+    twin.load_state_dict({name: x for name, x in tensors.items() if name in twin.state_dict()})
+    return twin(torch.tensor(image, dtype=twin.fc.weight.dtype).permute(0, 3, 1, 2)).numpy()
+
+
+if __name__ == "__main__":
+    cli.run(main, "SRC", "DST")
