@@ -14,7 +14,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from flax_resnet import cifar10
 from flax_resnet.cifar10 import Examples
@@ -77,6 +76,8 @@ def digits() -> dict[str, Examples]:
 
     Every fifth is a test image: 1,437 train, 360 test.
     """
+    from sklearn.datasets import load_digits  # its import takes over a second
+
     pixels, label = load_digits(return_X_y=True)
     image = np.round(np.reshape(pixels, (-1, 8, 8)) * (255 / 16)).astype(np.uint8)
     large = [Image.fromarray(x).resize((32, 32), Image.Resampling.BICUBIC) for x in image]

@@ -1,15 +1,13 @@
-"""What a run leaves for people to read: metrics.jsonl, TensorBoard events and curves.png."""
+"""What a run leaves for people to read: metrics.jsonl, TensorBoard events and curves.png.
+
+tensorboardX (which brings torch along where there is one) and matplotlib take seconds to import, so
+they are imported where they are used.
+"""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("agg")  # no display is needed, and none is opened
-import matplotlib.pyplot as plt
-from tensorboardX import SummaryWriter
 
 Row = dict[str, Any]  # step, split, loss, error, and what else was measured
 
@@ -23,6 +21,8 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, step: int):
+        from tensorboardX import SummaryWriter
+
         path = workdir / "metrics.jsonl"
         self.rows = [row for row in read_metrics(path) if row["step"] <= step]
         temporary = path.with_suffix(".tmp")
@@ -60,12 +60,15 @@ def read_metrics(path: Path) -> Iterator[Row]:
 
 def plot_curves(rows: list[Row], path: Path, title: str) -> None:
     """Error and loss against the step as in the paper's figure 6: bold test, light training."""
+    from matplotlib.figure import Figure  # not pyplot: no display is needed, and none is opened
+
     styles = {
         "train": {"color": "tab:blue", "lw": 1, "alpha": 0.6, "label": "training"},
         "validation": {"color": "tab:green", "lw": 2, "label": "validation"},
         "test": {"color": "tab:red", "lw": 2, "label": "test", "marker": "o", "ms": 3},
     }
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, name, unit in zip(axes, ("error", "loss"), (100, 1), strict=True):
         for split, style in styles.items():
             points = [(row["step"], row[name] * unit) for row in rows if row["split"] == split]
@@ -78,4 +81,3 @@ def plot_curves(rows: list[Row], path: Path, title: str) -> None:
     axes[0].legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
