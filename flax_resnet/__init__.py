@@ -9,7 +9,7 @@ from flax_resnet.resnet import BasicBlock as BasicBlock
 from flax_resnet.resnet import ResNet as ResNet
 from flax_resnet.torch_files import from_torch as from_torch
 from flax_resnet.torch_files import to_torch as to_torch
-from flax_resnet.torch_weights import Layout as Layout
+from flax_resnet.torch_layouts import Layout as Layout
 from flax_resnet.train import TrainState as TrainState
 from flax_resnet.train import eval_step as eval_step
 from flax_resnet.train import train_step as train_step

@@ -19,14 +19,8 @@ import safetensors.numpy
 from flax_resnet.config import ChannelPad, Shortcut
 from flax_resnet.errors import WeightsError
 from flax_resnet.resnet import ResNet
-from flax_resnet.torch_weights import (
-    Layout,
-    StateDict,
-    config_of,
-    from_state_dict,
-    listed,
-    to_state_dict,
-)
+from flax_resnet.torch_layouts import Layout, StateDict, listed
+from flax_resnet.torch_weights import config_of, from_state_dict, to_state_dict
 from flax_resnet.train import split
 
 log = logging.getLogger(__name__)

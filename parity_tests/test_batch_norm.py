@@ -11,11 +11,9 @@ its deviation it loses 7 digits: it is 2e-9 off where ours is 4e-16 off (toleran
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 

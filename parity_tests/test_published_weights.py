@@ -29,7 +29,8 @@ from flax_resnet.config import ChannelPad, Preprocess, Shortcut
 from flax_resnet.cpu import compiler_options
 from flax_resnet.data import Normalization
 from flax_resnet.evaluation import make_evaluate_as_reference
-from flax_resnet.torch_weights import UNUSED, Imported, Layout, StateDict, from_state_dict, to_name
+from flax_resnet.torch_layouts import Layout, StateDict, to_name
+from flax_resnet.torch_weights import UNUSED, Imported, from_state_dict
 from flax_resnet.train import AXIS
 from parity_tests.pair import images, relative, to_torch, torch
 from torch_ref import data as torch_data
@@ -73,7 +74,7 @@ BATCH_SIZE = 200
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """On a busy machine two of PyTorch's threads, waiting for each other, cost 2 to 10 times one."""
+    """On a busy machine two of PyTorch's threads wait for each other, at 2 to 10 times the cost."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

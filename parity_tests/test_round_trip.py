@@ -28,17 +28,14 @@ from flax_resnet.config import DType, Experiment, OptimConfig, ResNetConfig, Sho
 from flax_resnet.cpu import compiler_options
 from flax_resnet.data import Batch
 from flax_resnet.errors import WeightsError
+from flax_resnet.torch_layouts import Layout, check_layout, to_key, unused_projections
 from flax_resnet.torch_weights import (
-    Layout,
     abstract,
-    check_layout,
     from_state_dict,
     momentum_from_torch,
     momentum_to_torch,
-    to_key,
     to_state_dict,
     tree_to_torch,
-    unused_projections,
 )
 from flax_resnet.train import Tree, init, split, train_step
 from parity_tests.pair import images, make_twin, to_torch, torch
@@ -249,7 +246,7 @@ def largest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """On a busy machine two of PyTorch's threads, waiting for each other, cost 2 to 10 times one."""
+    """On a busy machine two of PyTorch's threads wait for each other, at 2 to 10 times the cost."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -172,7 +172,6 @@ def test_float32_losses_stay_together_as_pytorchs_own_do(examples: Examples) -> 
 
     late = apart[:, :, RATES.warmup_steps :].mean(-1)
     among_theirs = late[theirs, theirs].sum() / (len(twins) * (len(twins) - 1))
-    print("LATE", early, late[ours, theirs].mean(), among_theirs)
     assert late[ours, theirs].mean() <= 4 * among_theirs
 
 

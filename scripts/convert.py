@@ -35,18 +35,14 @@ from flax_resnet.config import (
 )
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.optim import make_optimizer
+from flax_resnet.torch_layouts import USUAL_PREPROCESS, Layout, StateDict, to_key, to_name
 from flax_resnet.torch_weights import (
     COUNTER,
     UNUSED,
-    USUAL_PREPROCESS,
     Imported,
-    Layout,
-    StateDict,
     abstract,
     flax_leaves,
     from_state_dict,
-    to_key,
-    to_name,
     to_state_dict,
 )
 from flax_resnet.train import Metrics, TrainState, Tree, init

@@ -23,7 +23,8 @@ from flax_resnet.config import DataConfig, Experiment, Preprocess
 from flax_resnet.errors import ConfigError
 from flax_resnet.evaluation import make_evaluate, make_evaluate_as_reference
 from flax_resnet.resnet import param_dtype
-from flax_resnet.torch_weights import USUAL_PREPROCESS, from_state_dict
+from flax_resnet.torch_layouts import USUAL_PREPROCESS
+from flax_resnet.torch_weights import from_state_dict
 from flax_resnet.train import Tree, init
 
 CHECKPOINT = flags.DEFINE_string(
