@@ -28,7 +28,7 @@ ORDER, AUGMENTATION = 0, 1  # independent streams of random numbers
 class Draw(NamedTuple):
     """What a step sees: which examples, where each is cropped, and whether it is mirrored."""
 
-    index: Int[np.ndarray, " b"]
+    indices: Int[np.ndarray, " b"]
     offset: Int[np.ndarray, "b 2"]  # of the crop's corner in the padded image: down, right
     flip: Bool[np.ndarray, " b"]
 
@@ -161,10 +161,10 @@ def training_batch(
     examples: Examples, drawn: Draw, constants: Normalization, pad: int, dtype: DTypeLike
 ) -> Batch:
     """The examples that `drawn` names, cropped and mirrored as it says. Runs inside `jit`."""
-    index, offset, flip = map(jnp.asarray, drawn)
+    indices, offset, flip = map(jnp.asarray, drawn)
     image, label = map(jnp.asarray, examples)
-    image = normalize(image[index], constants, dtype)
-    return Batch(crop_and_flip(image, offset, flip, pad), label[index])
+    image = normalize(image[indices], constants, dtype)
+    return Batch(crop_and_flip(image, offset, flip, pad), label[indices])
 
 
 def evaluation_batch(

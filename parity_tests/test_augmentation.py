@@ -159,7 +159,7 @@ def torch_image(
     torch = pytest.importorskip("torch", reason="the other side is PyTorch")
     from torch_ref import data as twin
 
-    image = twin.normalize(examples.image[drawn.index], *constants, getattr(torch, dtype))
+    image = twin.normalize(examples.image[drawn.indices], *constants, getattr(torch, dtype))
     image = twin.crop_and_flip(image, drawn.offset, drawn.flip, CONFIG.pad)
     return image.permute(0, 2, 3, 1).numpy()
 
@@ -249,7 +249,7 @@ def test_without_flip_none_is_flipped_and_the_rest_is_the_same() -> None:
 def epochs(batch_size: int, n: int) -> np.ndarray:
     """The examples of four epochs, in the order in which steps see them."""
     steps = -(-4 * n // batch_size)
-    index = [data.draw(CONFIG, 0, step, batch_size, n).index for step in range(steps)]
+    index = [data.draw(CONFIG, 0, step, batch_size, n).indices for step in range(steps)]
     return np.concatenate(index)[: 4 * n].reshape(4, n)
 
 
@@ -305,7 +305,7 @@ def test_a_mutant_whose_counters_overlap_shares_them(monkeypatch: pytest.MonkeyP
 
 def test_a_draw_is_the_same_for_ever() -> None:
     drawn = data.draw(CONFIG, seed=1, step=2, batch_size=4, num_examples=10)
-    np.testing.assert_array_equal(drawn.index, [1, 4, 4, 0])
+    np.testing.assert_array_equal(drawn.indices, [1, 4, 4, 0])
     np.testing.assert_array_equal(drawn.offset, [[0, 7], [3, 4], [0, 0], [8, 1]])
     np.testing.assert_array_equal(drawn.flip, [False, True, False, False])
 

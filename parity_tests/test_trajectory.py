@@ -13,7 +13,7 @@ float32: a rounding puts an activation on the other side of a ReLU's kink, its g
 rounding away, and chaos does the rest; PyTorch parts from itself no less, when its first weights
 are moved by a rounding. So two statements. In the first 10 steps the losses stay within 2e-4 of one
 another (measured: 4.8e-7 on CIFAR-10, 6.7e-6 on digits, never above 4.3e-5 in six trials; a
-momentum or rate one part in a hundred off gives 6.8e-4 or more). In the 150 steps after the
+momentum or rate one part in a hundred off gives 5.5e-4 or more). In the 150 steps after the
 warm-up, where chaos has spread them, our mean |loss difference| from such runs of PyTorch is at
 most 4 times theirs from one another (measured: 1.8, which is 0.027 of a loss of 2; digits 1.4).
 """
@@ -114,9 +114,11 @@ def lockstep(
     for step in range(steps):
         drawn = data.draw(config.data, config.seed, step, batch_size, len(examples.label))
         ours, metrics = step_fn(ours, on_device, drawn)  # runs while PyTorch does
-        image = torch_data.normalize(examples.image[drawn.index], *constants, getattr(torch, dtype))
+        image = torch_data.normalize(
+            examples.image[drawn.indices], *constants, getattr(torch, dtype)
+        )
         image = torch_data.crop_and_flip(image, drawn.offset, drawn.flip, config.data.pad)
-        label = torch.tensor(examples.label[drawn.index], dtype=torch.int64)
+        label = torch.tensor(examples.label[drawn.indices], dtype=torch.int64)
         theirs = [torch_train.train_step(t, torch_data.Batch(image, label)) for t in twins]
         losses.append([metrics.loss, *(float(m.loss) for m in theirs)])
     return ours, np.array(jax.device_get(losses), np.float64).T / batch_size
