@@ -3,7 +3,9 @@
 import os
 import tempfile
 
-os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="flax-resnet-test-cache-"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads spin while they wait for JAX's
+CACHE = tempfile.TemporaryDirectory(prefix="flax-resnet-test-")  # removed when the tests end
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 import jax
 
