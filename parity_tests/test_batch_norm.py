@@ -1,10 +1,9 @@
 """Claim: after 1 and after 50 training steps BatchNorm's running mean and variance are PyTorch's.
 
-In float64, the two training programs side by side on the same batches of digits. Each array's
-largest difference is relative to its own largest value: measured at most 4e-14 after one step
-(tolerance 1e-12) and 4e-13 after 50 (1e-10, for by then the weights differ too, and training
-multiplies differences: at ten times this learning rate, on half the batch, to 5e-7). A biased
-variance differs by 3e-4, a swapped momentum by a factor of 9.
+In float64, the two training programs side by side on the same batches of digits, with the paper's
+learning rate. Each array's largest difference is relative to its own largest value: measured at
+most 2e-15 after one step and 1e-14 after 50, in which the weights drift too; tolerance 1e-12. A
+biased variance differs by 4e-3, a swapped momentum by a factor of 9.
 
 A variance in one pass, E[x^2] - E[x]^2, is as good on such data. On data whose mean is 1e4 times
 its deviation it loses 7 digits: it is 2e-9 off where ours is 4e-16 off (tolerance 1e-13).
@@ -19,7 +18,7 @@ from jax import lax
 
 from flax_resnet import data, resnet, train
 from flax_resnet.batch_norm import BatchNorm
-from flax_resnet.config import DType, Experiment, OptimConfig, ResNetConfig
+from flax_resnet.config import DType, Experiment, ResNetConfig
 from flax_resnet.cpu import compiler_options
 from flax_resnet.torch_weights import tree_to_torch
 from parity_tests.pair import images, make_twin, relative, to_torch, torch
@@ -27,9 +26,7 @@ from torch_ref import train as torch_train
 from torch_ref.data import Batch as TorchBatch
 from torch_ref.optim import make_optimizer, make_schedule
 
-EXPERIMENT = Experiment(
-    model=ResNetConfig.paper(8, dtype=DType.FLOAT64), optim=OptimConfig(peak_lr=0.01)
-)
+EXPERIMENT = Experiment(model=ResNetConfig.paper(8, dtype=DType.FLOAT64))
 BATCH_SIZE = 16
 
 
@@ -49,7 +46,7 @@ def differences(steps: list[int]) -> list[float]:
     found = []
     for step in range(max(steps)):
         chosen = slice(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
-        image, label = examples.image[chosen] / 255, examples.label[chosen]
+        image, label = examples.image[chosen, ::4, ::4] / 255, examples.label[chosen]
         theirs_batch = TorchBatch(to_torch(image), torch.tensor(label, dtype=torch.int64))
         torch_train.train_step(their_state, theirs_batch)
         batch = data.Batch(jnp.asarray(image), jnp.asarray(label))
@@ -64,7 +61,7 @@ def differences(steps: list[int]) -> list[float]:
 def test_running_statistics_are_pytorchs_after_1_and_50_steps() -> None:
     after_1, after_50 = differences([1, 50])
     assert after_1 <= 1e-12
-    assert after_50 <= 1e-10
+    assert after_50 <= 1e-12
 
 
 def biased_variance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +89,7 @@ def swapped_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_mutant_differs_after_1_step(mutate: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)
-    assert differences([1])[0] > 1e-5
+    assert differences([1])[0] > 1e-3
 
 
 def far_from_zero() -> float:
@@ -113,7 +110,7 @@ def test_one_pass_variance_differs_far_from_zero(monkeypatch: pytest.MonkeyPatch
     def mutant(self: BatchNorm, x: jax.Array) -> jax.Array:
         n, mean = x.size // x.shape[-1], x.mean((0, 1, 2))
         var = jnp.square(x).mean((0, 1, 2)) - jnp.square(mean)
-        self.var[...] = self._running(self.var[...], var * (n / (n - 1)))
+        self._track(self.var, (var * (n / (n - 1))).reshape(1, 1, 1, 1, -1))
         return (x - mean) * lax.rsqrt(var + self.epsilon)
 
     monkeypatch.setattr(BatchNorm, "__call__", mutant)

@@ -2,7 +2,7 @@
 
 No tolerance. Kernels are +-1 at few taps, BatchNorm divides by a power of two (var + epsilon is
 4**a exactly) and all else is a small integer, so that every intermediate value is a multiple of a
-power of two and a few bits wide: at most 29 in the results at depth 110, of the 53 of float64. Then
+power of two and a few bits wide: about 30 in the results at depth 110, of float64's 53. Then
 no order of summation changes a bit, and two programs agree exactly or compute different functions.
 Many sums are exactly 0, which puts the gradient of relu at 0 to the test too.
 

@@ -54,7 +54,7 @@ def ours(pair: Pair, *, compiled: bool = False) -> Arrays:
 
     def loss_fn(params: Any, image: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         logits = nnx.merge(pair.graphdef, params, pair.batch_stats, copy=True)(image)
-        metrics = train.measure(logits, LABEL)
+        metrics = train.measure(logits, jnp.asarray(LABEL))
         loss = metrics.loss / metrics.examples
         return loss, (loss, logits)
 
