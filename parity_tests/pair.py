@@ -16,8 +16,6 @@ torch = pytest.importorskip("torch", reason="the other side of every equation he
 
 from torch_ref.resnet import ResNet as TorchResNet  # noqa: E402 (it needs torch)
 
-torch.set_num_threads(1)  # more of them spin while JAX, or another process, has the cores
-
 
 class Pair(NamedTuple):
     """Ours as (graphdef, params, batch_stats), theirs as a module."""

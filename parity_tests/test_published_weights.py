@@ -10,7 +10,6 @@ either way, so the margins are printed: the smallest one measured is 2.3e-3
 (akamaster; 3.5e-3 the reference), the largest difference of a logit 1.9e-5 (2.9e-5).
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,15 +69,6 @@ REFERENCE = Published(
 )
 BOTH = [pytest.param(p, id=p.layout.value) for p in (AKAMASTER, REFERENCE)]
 BATCH_SIZE = 200
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine two of PyTorch's threads wait for each other, at 2 to 10 times the cost."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def read(published: Published) -> torch_files.Contents:

@@ -12,7 +12,6 @@ to 1.4e-13 measured; beginning again with momentum 0 departs by 0.35.
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -244,16 +243,6 @@ def largest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float
     )
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """On a busy machine two of PyTorch's threads wait for each other, at 2 to 10 times the cost."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
 @pytest.mark.parametrize(("family", "shortcut"), [("paper", Shortcut.A), ("reference", Shortcut.B)])
 def test_twenty_steps_here_and_twenty_there(family: str, shortcut: Shortcut) -> None:

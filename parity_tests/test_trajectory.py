@@ -19,7 +19,6 @@ most 4 times theirs from one another (measured: 1.8, which is 0.027 of a loss of
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -50,15 +49,6 @@ REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "tfds"
 STEPS = 200
 RATES = OptimConfig(peak_lr=0.01, warmup_lr=0.001, warmup_steps=50, boundaries=(100, 150))
 BATCH_SIZE = {DType.FLOAT64: 4, DType.FLOAT32: 8}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """PyTorch's threads wait actively: beside JAX's they take 15 times as long as one alone."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(
