@@ -98,7 +98,7 @@ class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"Put {ARCHIVE_URL} there."
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        archive = dl_manager.manual_dir / Path(ARCHIVE_URL).name
+        archive = Path(dl_manager.manual_dir) / Path(ARCHIVE_URL).name
         features: Any = self.info.features
         features["label"].names = _read_member(archive, "batches.meta.txt").decode().split()
         return {split: _read_split(archive, split) for split in _SPLITS}

@@ -65,6 +65,8 @@ def run(main: Callable[..., None], *names: str) -> None:
         names: of the arguments that `main` takes from the command line, such as "SRC".
     """
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and TFDS speak to their own developers
+    # After a damaged checkpoint Orbax leaves tasks behind, which asyncio reports at length.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("flax_resnet")
