@@ -223,7 +223,7 @@ def draw(series: dict[str, dict[str, tuple[float, float]]], heading: str, path: 
         axis.axhline(ROUNDING, color="grey", lw=0.8, ls=":")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative difference from PyTorch in float64")
-    axes[0].legend(fontsize=8, loc="center right")
+    axes[0].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))
     figure.suptitle(heading)
     figure.savefig(path, dpi=150)
     plt.close(figure)
