@@ -18,8 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 import flax_resnet
 from flax_resnet import cifar10, data, torch_files
@@ -112,7 +110,7 @@ def flax_logits(model: Any, image: np.ndarray, constants: Normalization) -> np.n
 
 
 @torch.inference_mode()
-def torch_logits(twin: nn.Module, image: np.ndarray, constants: Normalization) -> np.ndarray:
+def torch_logits(twin: torch.nn.Module, image: np.ndarray, constants: Normalization) -> np.ndarray:
     parts = [
         twin(torch_data.normalize(image[i : i + BATCH_SIZE], *constants))
         for i in range(0, len(image), BATCH_SIZE)
@@ -192,7 +190,10 @@ def test_evaluating_as_the_reference_did(test_split: Examples) -> None:
             x = torch_data.normalize(examples.image, *constants)
             logits = torch.cat([twin(part) for part in x.split(size)])
         error = (logits.argmax(1) != label).float().mean()
-        return {"loss": F.cross_entropy(logits, label).item(), "error": error.item()}
+        return {
+            "loss": torch.nn.functional.cross_entropy(logits, label).item(),
+            "error": error.item(),
+        }
 
     in_eval_mode = evaluate_theirs(128)
     twin.train()
@@ -208,46 +209,48 @@ def test_evaluating_as_the_reference_did(test_split: Examples) -> None:
 # --- The torchvision layout -----------------------------------------------------------------------
 
 
-class TorchvisionBlock(nn.Module):
+class TorchvisionBlock(torch.nn.Module):
     """As torchvision spells it: https://github.com/pytorch/vision (models/resnet.py)."""
 
     def __init__(self, inplanes: int, planes: int, stride: int, project: bool):
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv1 = torch.nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(planes)
+        self.conv2 = torch.nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(planes)
         self.downsample = None
         if project:
-            conv = nn.Conv2d(inplanes, planes, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(planes))
+            conv = torch.nn.Conv2d(inplanes, planes, 1, stride, bias=False)
+            self.downsample = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(planes))
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.nn.functional.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return torch.nn.functional.relu(
+            out + (x if self.downsample is None else self.downsample(x))
+        )
 
 
-class TorchvisionResNet(nn.Module):
+class TorchvisionResNet(torch.nn.Module):
     def __init__(self, blocks: int, shortcut: Shortcut):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = torch.nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(16)
         inplanes = 16
         for index, planes in enumerate((16, 32, 64), 1):
-            layer = nn.Sequential()
+            layer = torch.nn.Sequential()
             for i in range(blocks):
                 stride = 2 if i == 0 and planes > 16 else 1
                 project = shortcut is Shortcut.C or stride == 2
                 layer.append(TorchvisionBlock(inplanes, planes, stride, project))
                 inplanes = planes
             setattr(self, f"layer{index}", layer)
-        self.fc = nn.Linear(64, 100)
+        self.fc = torch.nn.Linear(64, 100)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return self.fc(torch.flatten(torch.nn.functional.adaptive_avg_pool2d(x, 1), 1))
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "DataParallel-in-a-dict"])
@@ -263,7 +266,7 @@ def test_files_of_the_torchvision_layout(shortcut: Shortcut, wrapped: bool, tmp_
     path = tmp_path / "net.pth"
     if wrapped:
         optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
-        model = nn.DataParallel(net).state_dict()
+        model = torch.nn.DataParallel(net).state_dict()
         torch.save({"model": model, "optimizer": optimizer.state_dict(), "epoch": 3}, path)
     else:
         torch.save(net.state_dict(), path)
