@@ -1,7 +1,7 @@
 """Claim: a step on 1, 2, 4 or 8 devices is the step on one, under `jit` and under `pmap`.
 
 On virtual CPU devices, in float64 to 1e-12 of each tensor's largest value: only the order of
-summation differs (2e-15 and below measured), where statistics of the wrong images give 1e-2.
+summation differs (2.3e-14 at the most measured), where statistics of the wrong images give 1.3.
 """
 
 import jax
@@ -54,7 +54,10 @@ def run(config: Experiment, num_devices: int) -> tuple[TrainState, list[Metrics]
 
 def distance(ours: TrainState, theirs: TrainState) -> float:
     """Largest difference of any tensor, relative to the tensor's largest value."""
-    compare = lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-3)  # noqa: E731
+
+    def compare(a: np.ndarray, b: np.ndarray) -> float:
+        return np.abs(a - b).max() / max(np.abs(b).max(), 1e-3)
+
     return max(jax.tree.leaves(jax.tree.map(compare, ours[1:4], theirs[1:4])))
 
 
