@@ -1,38 +1,73 @@
 """What XLA's CPU backend must be told to be fast; on other backends all of it is inert.
 
-Both cures change neither the values nor the parameters, only how XLA schedules them.
+None of it changes what is computed. `scripts/benchmark.py --cures` shows what each is worth.
 """
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Array, Float
 
 CompilerOptions = dict[str, str | bool]
 
+CURES = ("keep_memory", "materialized", "compiler_options")
+left_out: set[str] = set()  # for a benchmark to show what a cure is worth
 
-def add_relu(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """relu(x + y), the end of a residual block.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
-    XLA's CPU fusion copies the whole chain of earlier additions into every consumer, so that a
-    step's cost grows faster than the depth. A call that is not inlined stops the copying.
+
+def applies(cure: str) -> bool:
+    """Whether this is a CPU and the cure is not left out."""
+    return jax.default_backend() == "cpu" and cure not in left_out
+
+
+def materialized(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled as a call of its own, so that its result is computed once and stored.
+
+    XLA's CPU fusion copies cheap arithmetic into every consumer: the whole chain of earlier
+    residual additions, so that a step's cost grows faster than the depth, and all of batch
+    normalisation into the transposition before a weight gradient, which reads memory in the worst
+    order. A call that is not inlined stops the copying.
     """
-    if jax.default_backend() != "cpu":
-        return jax.nn.relu(x + y)
-    with set_xla_metadata(inlineable="false"):
-        return _add_relu(x, y)
+    compiled = jax.jit(function)
 
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not applies("materialized"):
+            return function(*args)
+        with set_xla_metadata(inlineable="false"):
+            return compiled(*args)
 
-@jax.jit
-def _add_relu(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    return jax.nn.relu(x + y)  # whose gradient at 0 is 0, as PyTorch's; jnp.maximum's is 1/2
+    return call
 
 
 def compiler_options() -> CompilerOptions:
     """Options for the outermost `jax.jit` around a network.
 
-    jax 0.10 gives convolutions to a library that runs on one thread; kept for reductions only,
-    it leaves them to the faster one. jax 0.12 needs it no more.
+    jax 0.10 gives float32 convolutions to a library that runs on one thread; kept for reductions
+    only, it leaves them to the faster one. jax 0.12 needs it no more, float64 never did.
     """
-    if jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 11):
+    is_needed = jax.__version_info__ < (0, 11) and not jax.config.jax_enable_x64
+    if not applies("compiler_options") or not is_needed:
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Tells glibc's allocator, for this whole process, to keep the memory it was once given.
+
+    XLA takes the memory of every step from it anew. By default that much goes back to the kernel
+    at once, which hands it out again zeroed, page by page: 75,000 page faults a step of ResNet-20.
+    """
+    if not applies("keep_memory"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc: macOS, Windows, musl
+        return
+    for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(parameter, value)
