@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_resnet.errors import CheckpointError, TrainingError
+from flax_resnet.stacking import stack, unstack
 from flax_resnet.train import TrainState
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Checkpoints:
         Raises:
             TrainingError: a number in it is not finite; nothing is saved.
         """
+        state = unstack(jax.device_get(state))
         step = int(state.step)
         for name, array in named_leaves(state):
             if not np.isfinite(array).all():
@@ -80,7 +82,8 @@ class Checkpoints:
         """The newest good checkpoint, or the one of `step`; None if there is none at all.
 
         Args:
-            like: gives structure, shapes, types and shardings.
+            like: gives structure, shapes, types and shardings. It may be stacked (`stacking.py`):
+                what is on disk is not.
 
         Raises:
             CheckpointError: there are checkpoints, but none that is whole.
@@ -109,7 +112,7 @@ class Checkpoints:
         return self.manager.best_step()
 
     def _restore_one(self, like: TrainState, step: int) -> TrainState:
-        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, jax.eval_shape(unstack, like))
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
         )
@@ -126,7 +129,9 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} is damaged: its digest differs"
             )
-        return state
+        if jax.tree.structure(state) != jax.tree.structure(like):
+            state = stack(state)
+        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
 
 
 def load_state(workdir: Path, like: TrainState, step: int | None = None) -> TrainState:

@@ -100,6 +100,8 @@ class ResNetConfig:
     num_classes: int = 10
     dtype: DType = DType.FLOAT32
     batch_norm: Statistics = Statistics.GLOBAL
+    scan_blocks: bool = False  # compile one block of a stage and scan over the rest
+    remat: bool = False  # compute a block again for its gradient: less memory, a third more work
 
     @classmethod
     def paper(
@@ -193,6 +195,7 @@ class TrainConfig:
     """How long, in which portions, and how often to look."""
 
     steps: int = 64_000
+    steps_per_call: int | None = None  # in one program; None: 1 on a CPU, else up to a log line
     batch_size: int = 128
     eval_batch_size: int = 1000
     log_every: int = 100
@@ -202,7 +205,8 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises ConfigError unless every number is at least 1."""
         for name, value in dataclasses.asdict(self).items():
-            require(value >= 1, f"train.{name}", "at least 1", value)
+            if value is not None:
+                require(value >= 1, f"train.{name}", "at least 1", value)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from flax_resnet.resnet import param_dtype
 from flax_resnet.torch_weights import abstract
 from flax_resnet.train import Metrics, Program, Tree, eval_step, measure
 
-Evaluate = Callable[[Tree, Tree, Examples], dict[str, float]]
+Evaluate = Callable[[Tree, Tree, Examples], Metrics]
 
 REFERENCE_BATCH_SIZE = 128
 
@@ -23,7 +23,9 @@ REFERENCE_BATCH_SIZE = 128
 def make_evaluate(
     config: ResNetConfig, program: Program, constants: Normalization, mesh: Mesh, batch_size: int
 ) -> Evaluate:
-    """A function of (params, batch_stats, examples) that gives {"loss": mean, "error": fraction}.
+    """A function of (params, batch_stats, examples) that gives their summed Metrics.
+
+    They are on the devices: the host waits only when it calls `Metrics.mean`.
 
     Args:
         batch_size: examples at a time, rounded up to a multiple of the number of devices; the
@@ -38,14 +40,14 @@ def make_evaluate(
 
     call = sharding.compile_step(step, mesh)
 
-    def evaluate(params: Tree, batch_stats: Tree, examples: Examples) -> dict[str, float]:
+    def evaluate(params: Tree, batch_stats: Tree, examples: Examples) -> Metrics:
         total = sharding.replicate(mesh, Metrics.zeros())
         size = len(examples.label)
         for start in range(0, size, batch_size):
             index = np.arange(start, start + batch_size, dtype=np.int32)
             index = sharding.split_batch(mesh, np.where(index < size, index, -1))
             total = call(total, (params, batch_stats, examples), index)
-        return total.mean()
+        return total
 
     return evaluate
 
@@ -68,12 +70,12 @@ def make_evaluate_as_reference(
 
     call = sharding.compile_step(step, mesh)
 
-    def evaluate(params: Tree, batch_stats: Tree, examples: Examples) -> dict[str, float]:
+    def evaluate(params: Tree, batch_stats: Tree, examples: Examples) -> Metrics:
         total = sharding.replicate(mesh, Metrics.zeros())
         index = np.arange(len(examples.label), dtype=np.int32)
         for start in range(0, len(index), REFERENCE_BATCH_SIZE):
             part = sharding.replicate(mesh, index[start : start + REFERENCE_BATCH_SIZE])
             total = call(total, (params, batch_stats, examples), part)
-        return total.mean()
+        return total
 
     return evaluate

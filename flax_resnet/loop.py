@@ -7,35 +7,44 @@ import math
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from flax_resnet import data, sharding
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.cifar10 import Examples
-from flax_resnet.config import Experiment, Shortcut
-from flax_resnet.data import Draw
+from flax_resnet.config import Experiment, Shortcut, TrainConfig
+from flax_resnet.data import Draw, Normalization
 from flax_resnet.errors import TrainingError
 from flax_resnet.evaluation import make_evaluate
 from flax_resnet.optim import make_schedule
 from flax_resnet.report import MetricsLog, Row, plot_curves
 from flax_resnet.resnet import param_dtype
-from flax_resnet.train import Metrics, TrainState, init, train_step
+from flax_resnet.train import Metrics, Program, TrainState, init, train_step
 from flax_resnet.workdir import claimed, write_json
 
 log = logging.getLogger(__name__)
 
-STEPS_IN_FLIGHT = 2  # enough to keep the device busy, few enough to stop soon when told to
+
+class Done(NamedTuple):
+    """What the host is to report about a step, when the device has got there."""
+
+    step: int
+    size: int  # steps since the last report
+    metrics: Metrics  # since the last line of the log
+    evaluated: dict[str, Metrics]  # by split
+    state: TrainState | None  # a copy, to be saved
 
 
 def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
@@ -72,21 +81,21 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
 def train(
     config: Experiment, workdir: Path, mesh: Mesh, splits: dict[str, Examples]
 ) -> tuple[TrainState, list[Row]]:
-    """Runs the steps that are left; returns the last state and all rows of the log."""
+    """Runs the steps that are left; returns the last state and all rows of the log.
+
+    The host is one call behind the devices: while they run the next steps it logs, evaluates and
+    saves what the last ones left, so that they never wait for it.
+    """
     settings = config.train
     constants = data.make_normalization(config.data.preprocess, splits["train"].image)
-    dtype = param_dtype(config.model)
     program, state = init(config, mesh.size)
-
-    def step_fn(state: TrainState, examples: Examples, drawn: Draw) -> tuple[TrainState, Metrics]:
-        batch = data.training_batch(examples, drawn, constants, config.data.pad, dtype)
-        return train_step(program, state, batch)
-
-    train_call = sharding.compile_step(step_fn, mesh, config.parallel)
+    train_call = compile_steps(config, program, constants, mesh)
     evaluate = make_evaluate(config.model, program, constants, mesh, settings.eval_batch_size)
-    learning_rate = make_schedule(config.optim)
+    copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     state, examples = sharding.replicate(mesh, (state, splits))
-    in_flight: deque[Metrics] = deque()
+    steps_per_call = settings.steps_per_call or (
+        1 if jax.default_backend() == "cpu" else settings.log_every
+    )
 
     with stop_signal() as stop, Checkpoints(workdir / "checkpoints") as checkpoints:
         state = checkpoints.restore(state) or state
@@ -94,50 +103,118 @@ def train(
         if step:
             log.info("%s: going on from step %d", workdir, step)
         with MetricsLog(workdir, step) as metrics_log, progress_bar(config, step) as bar:
-            clock = Clock(metrics_log.rows)
-            while step < settings.steps:
-                drawn = data.draw(
-                    config.data, config.seed, step, settings.batch_size, len(splits["train"].label)
-                )
-                drawn = sharding.split_batch(mesh, drawn, config.parallel)
+            report = Reporter(config, metrics_log, bar, checkpoints)
+            previous: Done | None = None
+            stopping = False
+            while step < settings.steps and not stopping:
+                size = min(steps_per_call, steps_to_next_report(step, settings))
+                drawn = draw_steps(config, step, size, len(splits["train"].label))
+                drawn = sharding.split_batch(mesh, drawn, config.parallel, axis=1)
                 state, metrics = train_call(state, examples["train"], drawn)
-                step += 1
-                in_flight.append(metrics)
-                if len(in_flight) > STEPS_IN_FLIGHT:
-                    jax.block_until_ready(in_flight.popleft())
-                clock.tick(settings.batch_size)
-                bar.update()
-
-                last = step == settings.steps
-                error = None
-                if last or step % settings.log_every == 0:
-                    row = state.metrics.mean()
-                    if not math.isfinite(row["loss"]):
-                        raise TrainingError(f"the loss is {row['loss']} at step {step}")
-                    state = state._replace(metrics=sharding.replicate(mesh, Metrics.zeros()))
-                    row |= {
-                        "learning_rate": float(np.asarray(learning_rate(step - 1)))
-                    } | clock.lap()
-                    metrics_log.append({"step": step, "split": "train"} | row)
-                    bar.set_postfix_str(
-                        f"loss {row['loss']:.3f}, error {100 * row['error']:.1f} %, "
-                        f"{row['images_per_second']:.0f} images/s",
-                        refresh=False,
-                    )
-                if last or step % settings.evaluate_every == 0:
-                    for split in ("test", "validation"):  # validation, if any, decides the best
-                        if split in splits:
-                            row = evaluate(state.params, state.batch_stats, examples[split])
-                            error = row["error"]
-                            metrics_log.append({"step": step, "split": split} | row)
-                    clock.restart_lap()
-                if last or stop or step % settings.checkpoint_every == 0:
-                    checkpoints.save(state, error)
-                    clock.restart_lap()
-                if stop and not last:
-                    log.info("stopped by signal %d at step %d, which is saved", stop[0], step)
-                    sys.exit(128 + stop[0])
+                step += size
+                evaluated = {}
+                if is_due(step, settings.evaluate_every, settings):
+                    evaluated = {
+                        split: evaluate(state.params, state.batch_stats, examples[split])
+                        for split in ("test", "validation")  # validation, if any, decides the best
+                        if split in splits
+                    }
+                stopping = bool(stop)
+                is_saved = stopping or is_due(step, settings.checkpoint_every, settings)
+                if previous is not None:
+                    report(previous)
+                previous = Done(step, size, metrics, evaluated, copy(state) if is_saved else None)
+            if previous is not None:
+                report(previous)
+            if step < settings.steps:
+                log.info("stopped by signal %d at step %d, which is saved", stop[0], step)
+                sys.exit(128 + stop[0])
         return state, metrics_log.rows
+
+
+def compile_steps(
+    config: Experiment, program: Program, constants: Normalization, mesh: Mesh
+) -> Callable[[TrainState, Examples, Draw], tuple[TrainState, Metrics]]:
+    """`call(state, examples, drawn)`: as many steps as `drawn` has, by a scan.
+
+    The metrics are those since the last line of the log.
+    """
+    dtype = param_dtype(config.model)
+
+    def step(state: TrainState, examples: Examples, drawn: Draw) -> TrainState:
+        batch = data.training_batch(examples, drawn, constants, config.data.pad, dtype)
+        metrics = state.metrics.zero_if(state.step % config.train.log_every == 0)
+        return train_step(program, state._replace(metrics=metrics), batch)[0]
+
+    def steps(state: TrainState, examples: Examples, drawn: Draw) -> tuple[TrainState, Metrics]:
+        if len(drawn.indices) == 1:
+            state = step(state, examples, jax.tree.map(lambda x: x[0], drawn))
+        else:
+            state, _ = lax.scan(lambda s, d: (step(s, examples, d), None), state, drawn)
+        return state, state.metrics
+
+    return sharding.compile_step(steps, mesh, config.parallel)
+
+
+def draw_steps(config: Experiment, step: int, size: int, num_examples: int) -> Draw:
+    """What the next `size` steps see, stacked."""
+    draws = [
+        data.draw(config.data, config.seed, s, config.train.batch_size, num_examples)
+        for s in range(step, step + size)
+    ]
+    return Draw(*(np.stack(parts) for parts in zip(*draws, strict=True)))
+
+
+def steps_to_next_report(step: int, settings: TrainConfig) -> int:
+    periods = settings.log_every, settings.evaluate_every, settings.checkpoint_every
+    return min(settings.steps - step, *(period - step % period for period in periods))
+
+
+def is_due(step: int, period: int, settings: TrainConfig) -> bool:
+    return step % period == 0 or step == settings.steps
+
+
+class Reporter:
+    """Waits for the devices, then logs and saves what they have done."""
+
+    def __init__(
+        self, config: Experiment, metrics_log: MetricsLog, bar: tqdm, checkpoints: Checkpoints
+    ):
+        self.settings = config.train
+        self.learning_rate = make_schedule(config.optim)
+        self.metrics_log = metrics_log
+        self.bar = bar
+        self.checkpoints = checkpoints
+        self.clock = Clock(metrics_log.rows)
+
+    def __call__(self, done: Done) -> None:
+        """Raises TrainingError if the loss is not finite; then nothing is saved."""
+        jax.block_until_ready(done.metrics)
+        self.clock.tick(done.size * self.settings.batch_size)
+        self.bar.update(done.size)
+        if is_due(done.step, self.settings.log_every, self.settings):
+            self.log_training(done)
+        error = None
+        for split, metrics in done.evaluated.items():
+            row = metrics.mean()
+            error = row["error"]
+            self.metrics_log.append({"step": done.step, "split": split} | row)
+        if done.state is not None:
+            self.checkpoints.save(done.state, error)
+        if done.evaluated or done.state is not None:
+            self.clock.restart_lap()
+
+    def log_training(self, done: Done) -> None:
+        row = done.metrics.mean()
+        if not math.isfinite(row["loss"]):
+            raise TrainingError(f"the loss is {row['loss']} at step {done.step}")
+        row["learning_rate"] = float(np.asarray(self.learning_rate(done.step - 1)))
+        row |= self.clock.lap()
+        self.metrics_log.append({"step": done.step, "split": "train"} | row)
+        rate = f", {row['images_per_second']:.0f} images/s" if "images_per_second" in row else ""
+        self.bar.set_postfix_str(
+            f"loss {row['loss']:.3f}, error {100 * row['error']:.1f} %{rate}", refresh=False
+        )
 
 
 def progress_bar(config: Experiment, step: int) -> tqdm:
@@ -175,18 +252,20 @@ class Clock:
         self.lap_start, self.lap_images = time.perf_counter(), 0
 
     def tick(self, images: int) -> None:
-        """Counts a step. The first one of a session compiles, so the rate starts after it."""
+        """Counts a call. The first one of a session compiles, so the rate starts after it."""
         self.lap_images += images
         if not self.compiled:
             self.compiled = True
             self.restart_lap()
 
     def lap(self) -> Row:
-        """Seconds since the run began, and images per second since the last lap."""
+        """Seconds since the run began, and images per second since the last lap, if known."""
         now = time.perf_counter()
-        rate = self.lap_images / (now - self.lap_start)
+        row = {"seconds": now - self.start}
+        if self.lap_images:
+            row["images_per_second"] = self.lap_images / (now - self.lap_start)
         self.restart_lap()
-        return {"seconds": now - self.start, "images_per_second": rate}
+        return row
 
 
 @contextlib.contextmanager
@@ -219,10 +298,11 @@ def summarize(config: Experiment, state: TrainState, rows: list[Row]) -> dict[st
         if row["step"] == config.train.steps
     }
     train_rows = [row for row in rows if row["split"] == "train"]
+    rates = [row["images_per_second"] for row in train_rows if "images_per_second" in row]
     return results | {
         "steps": config.train.steps,
         "wall_seconds": train_rows[-1]["seconds"],
-        "images_per_second": median(row["images_per_second"] for row in train_rows),
+        "images_per_second": median(rates) if rates else None,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},

@@ -3,12 +3,16 @@
 Lay `torch_ref/resnet.py` beside it: the two differ in `nnx` against `nn`, and in NHWC against NCHW.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
+from flax_resnet.activation import add_relu, relu
 from flax_resnet.batch_norm import BatchNorm
 from flax_resnet.config import (
     ChannelPad,
@@ -19,7 +23,7 @@ from flax_resnet.config import (
     Shortcut,
     Stem,
 )
-from flax_resnet.cpu import add_relu
+from flax_resnet.convolution import conv_general_dilated
 
 Layer = Callable[[Array], Array]
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")  # not truncated
@@ -40,6 +44,7 @@ class ResNet(nnx.Module):
         config.validate()
         self.conv1 = conv3x3(config, 3, 16, rngs=rngs)
         self.bn1 = batch_norm(config, 16) if config.stem is Stem.CONV_BN_RELU else None
+        self.remat = config.remat
         self.stages = nnx.List()
         c_in = 16
         for c_out in (16, 32, 64):
@@ -48,6 +53,8 @@ class ResNet(nnx.Module):
                 stride = 2 if i == 0 and c_out > 16 else 1
                 stage.append(BasicBlock(config, c_in, c_out, stride, rngs=rngs))
                 c_in = c_out
+            if config.scan_blocks and len(stage) > 1:
+                stage = nnx.List([stage[0], Scan(stage[1:], remat=config.remat)])
             self.stages.append(stage)
         self.fc = linear(config, 64, config.num_classes, rngs=rngs)
 
@@ -58,9 +65,9 @@ class ResNet(nnx.Module):
         return x
 
     def layers(self) -> list[tuple[str, Layer]]:
-        """What x passes through, by name: stem, every block, head."""
+        """What x passes through, by name: stem, every block (or scan over blocks), head."""
         blocks = [
-            (f"stages.{s}.{b}", block)
+            (f"stages.{s}.{b}", partial(rematerialized, block) if self.remat else block)
             for s, stage in enumerate(self.stages)
             for b, block in enumerate(stage)
         ]
@@ -68,7 +75,7 @@ class ResNet(nnx.Module):
 
     def stem(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 16"]:
         x = self.conv1(x)
-        return x if self.bn1 is None else nnx.relu(self.bn1(x))
+        return x if self.bn1 is None else relu(self.bn1(x))
 
     def head(self, x: Float[Array, "b h w 64"]) -> Float[Array, "b classes"]:
         return self.fc(x.mean((1, 2)))
@@ -85,9 +92,53 @@ class BasicBlock(nnx.Module):
         self.shortcut = make_shortcut(config, c_in, c_out, stride, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        y = nnx.relu(self.bn1(self.conv1(x)))
+        y = relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return nnx.relu(y) if self.shortcut is None else add_relu(y, self.shortcut(x))
+        return relu(y) if self.shortcut is None else add_relu(y, self.shortcut(x))
+
+
+class Scan(nnx.Module):
+    """Blocks of one shape as one program that is run again and again, by `jax.lax.scan`.
+
+    The program no longer grows with their number, nor does the time to compile it.
+
+    Args:
+        blocks: whose parameters and statistics are stacked along a new first axis.
+        remat: compute a block's inside again for its gradient, instead of storing it.
+    """
+
+    def __init__(self, blocks: Sequence[BasicBlock], *, remat: bool = False):
+        graphdef, *_ = nnx.split(blocks[0], ...)
+        states = [nnx.state(block) for block in blocks]
+        self.blocks = nnx.merge(graphdef, jax.tree.map(lambda *x: jnp.stack(x), *states))
+        self.remat = remat
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        run, weights = as_function(self.blocks)
+        x, stats = lax.scan(jax.checkpoint(run) if self.remat else run, x, weights)
+        nnx.update(self.blocks, stats)
+        return x
+
+
+def rematerialized(layer: nnx.Module, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+    """layer(x), whose inside is computed again for its gradient, instead of being stored."""
+    if isinstance(layer, Scan):  # which does it block by block
+        return layer(x)
+    run, weights = as_function(layer)
+    x, stats = jax.checkpoint(run)(x, weights)
+    nnx.update(layer, stats)
+    return x
+
+
+def as_function(layer: nnx.Module) -> tuple[Callable[..., tuple[Array, nnx.State]], tuple]:
+    """`run(x, weights)`, which gives layer(x) and the new statistics, and the weights."""
+    graphdef, *weights = nnx.split(layer, nnx.Param, nnx.BatchStat)
+
+    def run(x: Array, weights: tuple[nnx.State, nnx.State]) -> tuple[Array, nnx.State]:
+        inner = nnx.merge(graphdef, *weights, copy=True)
+        return inner(x), nnx.state(inner, nnx.BatchStat)
+
+    return run, tuple(weights)
 
 
 class ZeroPad(nnx.Module):
@@ -119,6 +170,7 @@ class Projection1x1(nnx.Module):
             kernel_init=(
                 average if config.projection_init is ProjectionInit.AVERAGE else kaiming_normal
             ),
+            conv_general_dilated=conv_general_dilated,
             dtype=compute_dtype(config),
             param_dtype=param_dtype(config),
             rngs=rngs,
@@ -165,6 +217,7 @@ def conv3x3(
         padding=1,  # on both sides, like PyTorch: at stride 2 "SAME" pads (0, 1)
         use_bias=config.conv_bias,
         kernel_init=kaiming_normal,
+        conv_general_dilated=conv_general_dilated,
         dtype=compute_dtype(config),
         param_dtype=param_dtype(config),
         rngs=rngs,

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_resnet.config import Parallel, require
-from flax_resnet.cpu import compiler_options
+from flax_resnet.cpu import compiler_options, keep_memory
 from flax_resnet.train import AXIS
 
 
@@ -33,11 +34,12 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return _put(tree, NamedSharding(mesh, P()))
 
 
-def split_batch(mesh: Mesh, tree: Any, parallel: Parallel = Parallel.JIT) -> Any:
-    """Host arrays dealt out over the devices by their first axis, as `compile_step` wants them."""
-    if parallel is Parallel.PMAP:
-        tree = jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), tree)
-    return _put(tree, NamedSharding(mesh, P(AXIS)))
+def split_batch(mesh: Mesh, tree: Any, parallel: Parallel = Parallel.JIT, axis: int = 0) -> Any:
+    """Host arrays dealt out over the devices by one axis, as `compile_step` wants them."""
+    if parallel is Parallel.PMAP:  # whose first axis is the device
+        parts = jax.tree.map(lambda x: np.stack(np.split(x, mesh.size, axis)), tree)
+        return _put(parts, NamedSharding(mesh, P(AXIS)))
+    return _put(tree, NamedSharding(mesh, P(*[None] * axis, AXIS)))
 
 
 def compile_step(
@@ -47,6 +49,7 @@ def compile_step(
 
     The state is donated: its memory is used for the results.
     """
+    keep_memory()
     if parallel is Parallel.PMAP:
         return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,))
     return jax.jit(

@@ -21,6 +21,7 @@ from flax_resnet.config import (
 )
 from flax_resnet.errors import WeightsError
 from flax_resnet.resnet import Projection1x1, ResNet, ZeroPad
+from flax_resnet.stacking import unstack
 from flax_resnet.torch_layouts import (
     Layout,
     StateDict,
@@ -213,7 +214,7 @@ FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
 
 def tree_to_torch(tree: Tree) -> dict[str, np.ndarray]:
     """Parameters, statistics, or anything of their structure (momentum, gradients), by name."""
-    return {_name(path): _to_torch(np.asarray(leaf)) for path, leaf in _leaves(tree)}
+    return {_name(path): _to_torch(np.asarray(leaf)) for path, leaf in _leaves(unstack(tree))}
 
 
 def tree_from_torch(state: StateDict, like: Tree) -> Tree:

@@ -34,7 +34,7 @@ def claimed(workdir: Path, config: Experiment) -> Iterator[None]:
     with lock:
         path = workdir / "config.json"
         if path.exists():
-            changes = difference(json.loads(path.read_text()), config.to_dict())
+            changes = difference(read_config(workdir).to_dict(), config.to_dict())
             if changes:
                 raise ConfigError(
                     f"{workdir} holds another run ({', '.join(changes)}); choose another --workdir"

@@ -59,7 +59,8 @@ def main() -> None:
     else:
         size = config.train.eval_batch_size
         evaluate = make_evaluate(config.model, init(config)[0], constants, mesh, size)
-    result = evaluate(*sharding.replicate(mesh, (params, batch_stats, splits["test"])))
+    arrays = sharding.replicate(mesh, (params, batch_stats, splits["test"]))
+    result = evaluate(*arrays).mean()
     print(
         json.dumps(
             {
