@@ -20,16 +20,19 @@ class Batch(NamedTuple):
 
 
 def normalize(
-    image: np.ndarray,
+    image: np.ndarray | Tensor,
     scale: float,
     mean: np.ndarray | None,
     std: np.ndarray,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """uint8 pixels (b, h, w, 3) as numbers (b, 3, h, w); mean None: each image's own."""
-    x = torch.tensor(image).to(dtype) * scale
+    x = torch.as_tensor(image).to(dtype) * scale
+    like = {"dtype": dtype, "device": x.device}
     own = x.mean((1, 2), keepdim=True)
-    x = (x - (own if mean is None else torch.tensor(mean).to(dtype))) / torch.tensor(std).to(dtype)
+    x = (x - (own if mean is None else torch.as_tensor(mean, **like))) / torch.as_tensor(
+        std, **like
+    )
     return x.permute(0, 3, 1, 2).contiguous()
 
 
@@ -37,9 +40,11 @@ def crop_and_flip(image: Tensor, offset: np.ndarray, flip: np.ndarray, pad: int)
     """Each image cut from its zero-padded self, then mirrored left to right where `flip`."""
     height, width = image.shape[2:]
     padded = F.pad(image, (pad, pad, pad, pad))
-    crops = [
-        x[:, down : down + height, right : right + width]
-        for x, (down, right) in zip(padded, offset.tolist(), strict=True)
-    ]
-    image = torch.stack(crops)
-    return torch.where(torch.tensor(flip)[:, None, None, None], image.flip(3), image)
+    down, right, mirror = (torch.as_tensor(x, device=image.device) for x in (*offset.T, flip))
+    rows = down[:, None] + torch.arange(height, device=image.device)
+    columns = right[:, None] + torch.arange(width, device=image.device)
+    columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    examples = torch.arange(len(image), device=image.device)[:, None, None]
+    # (b, h, w, 3), and so (b, 3, h, w) in PyTorch's channels_last layout
+    cut = padded.permute(0, 2, 3, 1)[examples, rows[:, :, None], columns[:, None, :]]
+    return cut.permute(0, 3, 1, 2)
