@@ -10,4 +10,5 @@ def get_config() -> Experiment:
     config = Experiment(model=ResNetConfig.reference(20))
     config.data.preprocess = Preprocess.REFERENCE
     config.data.flip = False
+    config.train.steps = 62_560  # 160 epochs of 391 batches
     return config

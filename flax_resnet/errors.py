@@ -23,3 +23,7 @@ class TrainingError(UserError):
 
 class WeightsError(UserError):
     """A state dict is not that of a network of this family."""
+
+
+class ResultsError(UserError):
+    """A finished run cannot be read."""

@@ -72,6 +72,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
             splits = data.load(config.data)
             state, rows = train(config, workdir, mesh, splits)
             summary = summarize(config, state, rows)
+            summary |= {f"{name}_examples": len(split.label) for name, split in splits.items()}
             plot_curves(rows, workdir / "curves.png", title(config))
             write_json(finished, summary)
         log.info("test error %.2f %%, curves in %s", 100 * summary["test_error"], workdir)

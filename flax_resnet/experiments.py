@@ -1,0 +1,204 @@
+"""The named experiments: which networks, by which recipe, and how a recipe is cut to fewer steps.
+
+A network's name is its shortcut and depth, `plain-20` or `A-20`; `B-20-average` and `B-20-kaiming`
+say how its projections start, where that is not the recipe's own way.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flax_resnet.config import (
+    ChannelPad,
+    Experiment,
+    Preprocess,
+    Projection,
+    ProjectionInit,
+    ResNetConfig,
+    Shortcut,
+    Stem,
+)
+from flax_resnet.errors import ConfigError
+
+Recipe = Callable[[int, Shortcut], Experiment]
+
+MIN_STEPS = 4  # below, the two drops of the learning rate fall together
+NAME = re.compile(r"(plain|A|B|C)-(\d+)(?:-(average|kaiming))?")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named experiment."""
+
+    title: str
+    networks: tuple[str, ...]  # in the order in which they are worth their time
+    recipe: Recipe
+    batch_statistics: bool = False  # test also with BatchNorm in training mode, as the reference
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    name: str  # such as A-20-s0
+    config: Experiment
+
+
+def paper(depth: int, shortcut: Shortcut) -> Experiment:
+    """The paper's recipe (section 4.2), trained on all images."""
+    config = Experiment(model=ResNetConfig.paper(depth, shortcut))
+    config.optim.warmup_steps = 400 if depth >= 110 else 0
+    return config
+
+
+def paper_split(depth: int, shortcut: Shortcut) -> Experiment:
+    """The same with 5,000 training images held out: the paper's 45k/5k split."""
+    config = paper(depth, shortcut)
+    config.data.validation = 5000
+    return config
+
+
+def reference(depth: int, shortcut: Shortcut) -> Experiment:
+    """The network and recipe of the PyTorch system that this project reimplements."""
+    config = Experiment(model=ResNetConfig.reference(depth, shortcut))
+    config.data.preprocess = Preprocess.REFERENCE
+    config.data.flip = False
+    config.train.steps = 62_560  # 160 epochs of 391 batches
+    config.optim.warmup_steps = 391 if depth >= 56 else 0  # its first epoch
+    return config
+
+
+def both(*depths: int) -> tuple[str, ...]:
+    return tuple(f"{shortcut}-{depth}" for depth in depths for shortcut in ("A", "plain"))
+
+
+STUDIES = {
+    "plain-vs-residual": Study(
+        "Plain against residual, and the three shortcuts",
+        ("A-20", "plain-20", "B-20", "C-20"),
+        paper,
+    ),
+    "depth": Study("Plain and residual networks by depth", both(20, 56, 32, 44, 110), paper),
+    "projection-init": Study(
+        "Option B's projections, Kaiming against 1/C_in", ("B-20", "B-20-average"), paper
+    ),
+    "reference": Study(
+        "The reference's own networks and recipe",
+        (*both(20, 56, 32, 44), "B-20", "B-32"),
+        reference,
+        batch_statistics=True,
+    ),
+    "paper": Study(
+        "The paper's 45k/5k split",
+        ("A-20", "A-56", "A-110", "A-32", "A-44"),
+        paper_split,
+    ),
+}
+
+
+def find_study(name: str) -> Study:
+    """Raises ConfigError for an unknown name."""
+    if name not in STUDIES:
+        raise ConfigError(f"the experiment must be one of {', '.join(STUDIES)}, got {name!r}")
+    return STUDIES[name]
+
+
+def make_jobs(
+    study: Study,
+    networks: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+) -> list[Job]:
+    """The runs of a study: every network with the first seed, then with the next.
+
+    Args:
+        networks: by name, in the place of the study's own.
+        steps: in the place of the recipe's; see `shorten`.
+
+    Raises:
+        ConfigError: an unknown network, or too few steps.
+    """
+    return [
+        Job(f"{network}-s{seed}", make_config(study, network, seed, steps))
+        for seed in dict.fromkeys(seeds)
+        for network in dict.fromkeys(networks or study.networks)
+    ]
+
+
+def make_config(study: Study, network: str, seed: int, steps: int | None) -> Experiment:
+    match = NAME.fullmatch(network)
+    if not match:
+        raise ConfigError(
+            "a network must be plain, A, B or C and a depth, such as plain-20, A-56 or "
+            f"B-20-average, got {network!r}"
+        )
+    shortcut, depth, projection_init = match.groups()
+    config = study.recipe(int(depth), Shortcut(shortcut))
+    if projection_init:
+        if config.model.shortcut not in (Shortcut.B, Shortcut.C):
+            raise ConfigError(f"only B and C have projections to start: {network!r}")
+        config.model.projection_init = ProjectionInit(projection_init)
+    config.seed = seed
+    if steps is not None:
+        shorten(config, steps)
+    pace(config)
+    config.validate()
+    return config
+
+
+def shorten(config: Experiment, steps: int) -> None:
+    """Cuts (or stretches) a recipe to `steps`.
+
+    The drops of the learning rate keep their places as fractions of the whole: 1/2 and 3/4 of the
+    paper's. A warm-up is there to bring the training error below 80 % (section 4.2), which takes
+    steps and not a fraction, so it stays, but for at most a tenth of the whole.
+    """
+    if steps < MIN_STEPS:
+        raise ConfigError(f"steps must be at least {MIN_STEPS}, got {steps}")
+    optim, full = config.optim, config.train.steps
+    optim.boundaries = tuple(steps * boundary // full for boundary in optim.boundaries)
+    optim.warmup_steps = min(optim.warmup_steps, steps // 10)
+    config.train.steps = steps
+
+
+def pace(config: Experiment) -> None:
+    """How often to look: about 640 times at the training error, 64 times at the test set.
+
+    In short runs less often, every 250 steps: the 10,000 test images are 78 batches.
+    """
+    settings = config.train
+    settings.log_every = max(1, min(settings.steps // 4, max(10, settings.steps // 640)))
+    settings.evaluate_every = min(settings.steps, max(250, settings.steps // 64))
+    settings.checkpoint_every = settings.evaluate_every
+
+
+def label(model: ResNetConfig) -> str:
+    """What a network is called in tables and legends: "plain-20", "ResNet-20 B, 1/C_in"."""
+    plain = model.shortcut is Shortcut.PLAIN
+    name = f"plain-{model.depth}" if plain else f"ResNet-{model.depth} {model.shortcut.value}"
+    if model.shortcut in (Shortcut.B, Shortcut.C):
+        average = model.projection_init is ProjectionInit.AVERAGE
+        if average != (model.projection is Projection.CONV_BIAS):  # the reference's usual
+            name += ", 1/C_in" if average else ", Kaiming"
+    if model.stem is Stem.CONV:
+        name += " (reference)"
+    elif model.shortcut is Shortcut.A and model.channel_pad is ChannelPad.CENTRE:
+        name += " (akamaster)"
+    return name
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`5`: 0 to 4; `0..4`: the same; `0,3`: these two. Raises ConfigError for anything else."""
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+        seeds = list(range(int(match[1]), int(match[2]) + 1))
+    elif re.fullmatch(r"\d+", text):
+        seeds = list(range(int(text)))
+    elif re.fullmatch(r"\d+(,\d+)*,?", text):
+        seeds = [int(part) for part in text.split(",") if part]
+    else:
+        seeds = []
+    if not seeds:
+        raise ConfigError(
+            f"seeds must be a number of seeds (5), a range (0..4) or a list (0,3), got {text!r}"
+        )
+    return seeds

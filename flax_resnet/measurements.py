@@ -1,0 +1,113 @@
+"""What is measured on the network of a finished run, beyond its errors."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flax_resnet import data, sharding, workdir
+from flax_resnet.checkpoint import load_state
+from flax_resnet.cifar10 import Examples
+from flax_resnet.config import Experiment, ResNetConfig
+from flax_resnet.data import Normalization
+from flax_resnet.evaluation import make_evaluate_as_reference
+from flax_resnet.resnet import ResNet, param_dtype
+from flax_resnet.torch_weights import abstract
+from flax_resnet.train import Tree, init
+
+RESPONSES = "layer_responses.json"
+BATCH_STATISTICS = "batch_statistics.json"
+NUM_IMAGES = 2000  # for the responses: their deviation hardly varies from image to image
+BATCH_SIZE = 500
+
+
+def measure(directory: Path, *, batch_statistics: bool = False) -> None:
+    """Writes layer_responses.json into a finished run's work directory, unless it is there.
+
+    Args:
+        batch_statistics: also batch_statistics.json, the test error and loss with BatchNorm in
+            training mode, as the reference tested.
+
+    Raises:
+        CheckpointError: the run is not finished, or its last checkpoint is gone or damaged.
+    """
+    wanted = (RESPONSES, BATCH_STATISTICS) if batch_statistics else (RESPONSES,)
+    if all((directory / name).exists() for name in wanted):
+        return
+    config = workdir.read_config(directory)
+    like = jax.eval_shape(lambda: init(config)[1])
+    state = load_state(directory, like, config.train.steps)
+    params, batch_stats = jax.device_get((state.params, state.batch_stats))
+    splits = data.load(config.data)
+    constants = data.make_normalization(config.data.preprocess, splits["train"].image)
+    found = layer_responses(config, params, batch_stats, splits["test"], constants)
+    workdir.write_json(directory / RESPONSES, found)
+    if batch_statistics:
+        mesh = sharding.data_mesh()
+        evaluate = make_evaluate_as_reference(config.model, constants, mesh)
+        result = evaluate(*sharding.replicate(mesh, (params, batch_stats, splits["test"])))
+        tree = {"test_error": result["error"], "test_loss": result["loss"]}
+        workdir.write_json(directory / BATCH_STATISTICS, tree)
+
+
+def layer_responses(
+    config: Experiment,
+    params: Tree,
+    batch_stats: Tree,
+    examples: Examples,
+    constants: Normalization,
+) -> dict[str, Any]:
+    """Standard deviation of each 3x3 layer's output (paper, section 4.2 and figure 7).
+
+    Over the first 2,000 images, all positions and all channels, by the running statistics.
+
+    Returns:
+        {"images": how many, "layers": names, "std": one for each layer}.
+    """
+    graphdef, _, _ = abstract(config.model)
+
+    @jax.jit
+    def moments(
+        params: Tree, batch_stats: Tree, image: Float[Array, "b h w 3"]
+    ) -> list[tuple[Array, Array]]:
+        model = nnx.merge(graphdef, params, batch_stats, copy=True)
+        model.eval()
+        return [(y.mean(), y.var()) for y in layer_outputs(model, image)]
+
+    size = min(NUM_IMAGES, len(examples.label))
+    sizes, found = [], []
+    for start in range(0, size, BATCH_SIZE):
+        image = examples.image[start : min(start + BATCH_SIZE, size)]
+        x = data.normalize(jnp.array(image), constants, param_dtype(config.model))
+        sizes.append(len(image))
+        found.append(jax.device_get(moments(params, batch_stats, x)))
+    mean, var = np.moveaxis(np.array(found, np.float64), -1, 0)  # each (batches, layers)
+    weights = np.array(sizes)[:, None] / size
+    total = (weights * (var + np.square(mean - (weights * mean).sum(0)))).sum(0)
+    return {"images": size, "layers": layer_names(config.model), "std": np.sqrt(total).tolist()}
+
+
+def layer_outputs(model: ResNet, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b h2 w2 c2"]]:
+    """Every 3x3 layer's output after BatchNorm, before ReLU and addition, as `layer_names` has them.
+
+    The reference's stem has no BatchNorm: its output is the bare convolution's.
+    """
+    y = model.conv1(x)
+    found = [y if model.bn1 is None else model.bn1(y)]
+    x = model.stem(x)
+    for stage in model.stages:
+        for block in stage:
+            y = block.bn1(block.conv1(x))
+            found += [y, block.bn2(block.conv2(nnx.relu(y)))]
+            x = block(x)
+    return found
+
+
+def layer_names(config: ResNetConfig) -> list[str]:
+    """Such as "conv1", "stages.0.0.conv1", "stages.0.0.conv2", ...; from the input on."""
+    blocks = [f"stages.{s}.{b}" for s in range(3) for b in range(config.blocks_per_stage)]
+    return ["conv1", *(f"{block}.conv{i}" for block in blocks for i in (1, 2))]

@@ -1,0 +1,205 @@
+"""Many runs, a process each: one after another, or as many at a time as there are accelerators.
+
+A run's process trains what its work directory's config.json says, writes its log beside it, and
+stops when this process does, however this one ends: its standard input is a pipe from here.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from flax_resnet.config import Experiment
+from flax_resnet.errors import ConfigError
+from flax_resnet.experiments import Job
+from flax_resnet.loop import stop_signal
+from flax_resnet.report import read_metrics
+from flax_resnet.workdir import difference, read_config, write_json
+
+Environment = dict[str, str]
+
+POLL_SECONDS = 0.5
+PROBE = """
+import jax, json
+places = {(d.process_index, str(getattr(d, "coords", d.id))) for d in jax.local_devices()}
+print(json.dumps([jax.default_backend(), len(places)]))
+"""  # coords: of a TPU's chip, which may be two devices
+
+
+class Running(NamedTuple):
+    """A run under way."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    environment: Environment
+    log: Path
+    log_start: int  # where this session's lines begin
+
+
+def accelerators() -> list[Environment]:
+    """For each accelerator the environment in which a process sees it alone; [{}] without any.
+
+    Asked in another process, since JAX would keep the devices for this one.
+    """
+    probe = subprocess.run([sys.executable, "-c", PROBE], stdout=subprocess.PIPE, check=True)
+    backend, count = json.loads(probe.stdout.splitlines()[-1])
+    if backend == "gpu":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return [{"CUDA_VISIBLE_DEVICES": x} for x in (visible.split(",") if visible else "")] or [
+            {"CUDA_VISIBLE_DEVICES": str(i)} for i in range(count)
+        ]
+    if backend == "tpu":
+        one = dict.fromkeys(("TPU_PROCESS_BOUNDS", "TPU_CHIPS_PER_PROCESS_BOUNDS"), "1,1,1")
+        return [one | {"TPU_VISIBLE_CHIPS": str(i)} for i in range(count)]
+    return [{}]
+
+
+def prepare(config: Experiment, workdir: Path) -> None:
+    """Makes `workdir` with the run's config.json; where the data lies may change.
+
+    Raises:
+        ConfigError: it holds another run.
+    """
+    check_same(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", config.to_dict())
+
+
+def check_same(config: Experiment, directory: Path) -> None:
+    """Raises ConfigError if `directory` holds a run of another config."""
+    if (directory / "config.json").exists():
+        old, new = read_config(directory).to_dict(), config.to_dict()
+        del old["data"]["dir"], new["data"]["dir"]
+        if changes := difference(old, new):
+            raise ConfigError(
+                f"{directory} holds another run ({', '.join(changes)}); choose another --out"
+            )
+
+
+def run(
+    jobs: Sequence[Job],
+    workdirs: Path,
+    command: Callable[[Path], list[str]],
+    environments: Sequence[Environment],
+    is_done: Callable[[Job], bool],
+    on_success: Callable[[Job], None],
+) -> dict[str, str]:
+    """Runs every job that is not done; a failure does not keep the next one from running.
+
+    Args:
+        workdirs: holds each job's work directory, under the job's name.
+        command: that trains the run in a work directory.
+        environments: to be added to a process's own, one for every job at a time.
+
+    Returns:
+        By name, why jobs failed.
+
+    Raises:
+        SystemExit: after SIGTERM or SIGINT, with code 128 + signal, once the running jobs have
+            saved their states and stopped.
+    """
+    waiting = deque(job for job in jobs if not is_done(job))
+    free = list(environments)
+    running: list[Running] = []
+    failures: dict[str, str] = {}
+    done = {job.name: progress(job, workdirs) for job in waiting}
+    done = {job.name: done.get(job.name, work(job)) for job in jobs}
+    finished = len(jobs) - len(waiting)
+    with (
+        stop_signal() as stop,
+        tqdm(
+            total=sum(map(work, jobs)),
+            initial=sum(done.values()),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+            smoothing=0,  # the time left is that of the average pace
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
+        told = False
+        while running or (waiting and not stop):
+            while waiting and free and not stop:
+                running.append(start(waiting.popleft(), workdirs, command, free.pop()))
+            if stop and not told:
+                told = True
+                tqdm.write("stopping: the running jobs save their states", file=sys.stderr)
+                for one in running:
+                    one.process.send_signal(signal.SIGTERM)
+            time.sleep(POLL_SECONDS)
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                free.append(one.environment)
+                if one.process.returncode == 0:
+                    on_success(one.job)
+                    finished += 1
+                elif not stop:
+                    failures[one.job.name] = reason(one)
+                    tqdm.write(f"{one.job.name} failed: {reason(one)}", file=sys.stderr)
+            done |= {one.job.name: progress(one.job, workdirs) for one in running}
+            bar.set_description_str(f"{finished} of {len(jobs)} runs done", refresh=False)
+            names = ", ".join(one.job.name for one in running)
+            bar.set_postfix_str(names, refresh=False)
+            bar.update(sum(done.values()) - bar.n)
+    if stop:
+        sys.exit(128 + stop[0])
+    return failures
+
+
+def start(
+    job: Job, workdirs: Path, command: Callable[[Path], list[str]], environment: Environment
+) -> Running:
+    workdir = workdirs / job.name
+    prepare(job.config, workdir)
+    path = workdir / "train.log"
+    with path.open("ab") as log:
+        process = subprocess.Popen(
+            command(workdir),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | environment,
+            start_new_session=True,  # Ctrl-C comes to us alone, and is passed on once
+        )
+        return Running(job, process, environment, path, log.tell())
+
+
+def stop_with_parent() -> None:
+    """For a run's process: SIGTERM, which saves, as soon as the one that started it is gone."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def work(job: Job) -> int:
+    """What a run costs, in layers times steps."""
+    return job.config.model.depth * job.config.train.steps
+
+
+def progress(job: Job, workdirs: Path) -> int:
+    """The part of `work` that the run's log says is done."""
+    steps = [row["step"] for row in read_metrics(workdirs / job.name / "metrics.jsonl")]
+    return job.config.model.depth * max(steps, default=0)
+
+
+def reason(run: Running) -> str:
+    """The last line that a failed run's process wrote."""
+    with run.log.open("rb") as file:
+        file.seek(run.log_start)
+        text = file.read().decode(errors="replace")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    told = errors or lines or ["it wrote nothing"]
+    return f"{told[-1].removeprefix('error: ')} (exit code {run.process.returncode}, see {run.log})"
