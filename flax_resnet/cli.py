@@ -62,7 +62,8 @@ def run(main: Callable[..., None], *names: str) -> None:
     """Parses flags and calls `main`. A user's mistake becomes one line and exit code 2.
 
     Args:
-        names: of the arguments that `main` takes from the command line, such as "SRC".
+        names: of the arguments that `main` takes from the command line, such as "SRC"; if the last
+            ends in "...", one or more of it.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and TFDS speak to their own developers
     # After a damaged checkpoint Orbax leaves tasks behind, which asyncio reports at length.
@@ -77,7 +78,8 @@ def run(main: Callable[..., None], *names: str) -> None:
 
 
 def call(main: Callable[..., None], argv: list[str], names: tuple[str, ...]) -> None:
-    if len(argv) - 1 > len(names):
+    many = bool(names) and names[-1].endswith("...")
+    if len(argv) - 1 > len(names) and not many:
         raise ConfigError(
             f"no such argument: {argv[len(names) + 1]!r}; settings are --config.NAME=VALUE"
         )

@@ -23,6 +23,7 @@ from flax_resnet.errors import ConfigError
 
 Recipe = Callable[[int, Shortcut], Experiment]
 
+REFERENCE_STEPS = 62_560  # 160 epochs of 391 batches
 MIN_STEPS = 4  # below, the two drops of the learning rate fall together
 NAME = re.compile(r"(plain|A|B|C)-(\d+)(?:-(average|kaiming))?")
 
@@ -63,7 +64,7 @@ def reference(depth: int, shortcut: Shortcut) -> Experiment:
     config = Experiment(model=ResNetConfig.reference(depth, shortcut))
     config.data.preprocess = Preprocess.REFERENCE
     config.data.flip = False
-    config.train.steps = 62_560  # 160 epochs of 391 batches
+    config.train.steps = REFERENCE_STEPS
     config.optim.warmup_steps = 391 if depth >= 56 else 0  # its first epoch
     return config
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -73,6 +74,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
             state, rows = train(config, workdir, mesh, splits)
             summary = summarize(config, state, rows)
             summary |= {f"{name}_examples": len(split.label) for name, split in splits.items()}
+            summary["cpu_cores"] = os.cpu_count()
             plot_curves(rows, workdir / "curves.png", title(config))
             write_json(finished, summary)
         log.info("test error %.2f %%, curves in %s", 100 * summary["test_error"], workdir)

@@ -92,7 +92,7 @@ def layer_responses(
 
 
 def layer_outputs(model: ResNet, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b h2 w2 c2"]]:
-    """Every 3x3 layer's output after BatchNorm, before ReLU and addition, as `layer_names` has them.
+    """Every 3x3 layer's output after BatchNorm, before ReLU and addition; names: `layer_names`.
 
     The reference's stem has no BatchNorm: its output is the bare convolution's.
     """

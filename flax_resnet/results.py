@@ -5,6 +5,7 @@ of the best one.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_resnet.config import Dataset, Experiment
+from flax_resnet.config import Dataset, Experiment, OptimConfig, Stem, TrainConfig
 from flax_resnet.errors import ResultsError
-from flax_resnet.experiments import STUDIES, label
+from flax_resnet.experiments import REFERENCE_STEPS, STUDIES, label
 from flax_resnet.measurements import BATCH_STATISTICS, RESPONSES
 from flax_resnet.report import Row, read_metrics
 
@@ -23,9 +24,9 @@ SMALL_FILES = ("config.json", "metrics.jsonl", RESPONSES, BATCH_STATISTICS, "sum
 SWEEP = "sweep.json"  # beside the runs: how they were made
 
 PAPER, AKAMASTER, REFERENCE = "paper", "akamaster", "reference"
-# Test errors in % on CIFAR-10. The paper's: table 6 (ResNet-110: the best of 5; their mean is 6.61).
-# akamaster's: README of github.com/akamaster/pytorch_resnet_cifar10, one run each. The reference's:
-# its 12 published runs, last epoch, tested with BatchNorm in training mode.
+# Test errors in % on CIFAR-10. The paper's: table 6 (ResNet-110: the best of 5, whose mean is
+# 6.61). akamaster's: README of github.com/akamaster/pytorch_resnet_cifar10, one run each. The
+# reference's: its 12 published runs, last epoch, tested with BatchNorm in training mode.
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     PAPER: {
         "ResNet-20 A": (8.75,),
@@ -204,10 +205,12 @@ def write_index(root: Path) -> None:
     (root / "README.md").write_text("\n".join([*lines, NOTES]) + "\n")
 
 
-NOTES = """Test error: of the last step, never of the best one; mean ± sample standard deviation over the seeds.
+NOTES = """\
+Test error: at the last step, never the best one; mean ± sample standard deviation over the seeds.
 Training error: mean over the last tenth of the steps, on augmented images, while training.
-Published, in %: the paper's table 6 (ResNet-110: the best of 5 runs); akamaster/pytorch_resnet_cifar10,
-one run each; the reference's last epochs, tested with BatchNorm in training mode."""
+Published, in %: the paper's table 6 (ResNet-110: the best of 5 runs); one run each of
+akamaster/pytorch_resnet_cifar10; the reference's last epochs, tested with BatchNorm in training
+mode."""
 
 
 def title(directory: Path) -> str:
@@ -258,14 +261,16 @@ def spread(values: np.ndarray) -> str:
 
 
 def schedule(config: Experiment) -> str:
-    """The number of steps; where that is not the paper's, also what became of the schedule."""
+    """The number of steps; where that is not the recipe's, also what became of the schedule."""
     optim, steps = config.optim, config.train.steps
+    full = REFERENCE_STEPS if config.model.stem is Stem.CONV else TrainConfig().steps
     text = f"{steps:,}"
-    if optim.boundaries != (32_000, 48_000) or steps < 62_560:  # the reference's 160 epochs
-        drops = " and ".join(f"{boundary:,}" for boundary in optim.boundaries)
-        text = f"**{text}** instead of 64,000; rate ÷ 10 at {drops}"
+    if (steps, optim.boundaries) != (full, OptimConfig().boundaries):
+        drops = [f"{boundary:,}" for boundary in optim.boundaries if boundary < steps]
+        rate = f"rate ÷ {1 / optim.decay_factor:g} at {' and '.join(drops)}"
+        text = f"**{text} of {full:,}**, {rate if drops else 'rate constant'}"
     if optim.warmup_steps:
-        text += f"; {optim.warmup_steps} at {optim.warmup_lr}"
+        text += f", first {optim.warmup_steps} at {optim.warmup_lr}"
     return text
 
 
@@ -285,12 +290,11 @@ def data_of(run: Run) -> str:
 
 
 def hardware(run: Run) -> str:
-    dtype = run.config.model.dtype.value
-    return f"{run.summary['devices']}, {dtype}"
+    cores = run.summary.get("cpu_cores")
+    on_cpu = run.summary["devices"].endswith("cpu") and cores
+    return f"{run.summary['devices']}{f' ({cores} cores)' if on_cpu else ''}"
 
 
 def link(run: Run, base: Path) -> str:
-    path = run.path.resolve()
-    if path.is_relative_to(base.resolve()):
-        path = path.relative_to(base.resolve())
-    return f"[{path.name}]({path.as_posix()}/metrics.jsonl)"
+    path = Path(os.path.relpath(run.path.resolve(), base.resolve()))
+    return f"[{run.path.name}]({path.as_posix()}/metrics.jsonl)"

@@ -177,7 +177,8 @@ def stop_with_parent() -> None:
     """For a run's process: SIGTERM, which saves, as soon as the one that started it is gone."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(sys.stdin.fileno(), 1):  # sys.stdin's own lock would outlive the interpreter
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,398 @@
+"""The figures of a paper on these networks, from finished runs.
+
+Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles and markers say the
+same for greyscale. Bold lines are test errors, light ones training errors, as in the paper's
+figure 6 and in the reference's figures. Bands are one sample standard deviation over the seeds.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from flax_resnet.config import Shortcut
+from flax_resnet.results import AKAMASTER, PAPER, PUBLISHED, REFERENCE, Group, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PURPLE, BLACK = "#56B4E9", "#CC79A7", "#000000"
+SETTINGS = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "flax-resnet",  # so that the same runs give the same file
+}
+WIDTH = 6.8  # inches: a page's text
+BINS = 60  # a training curve is averaged in so many pieces: a line of the log sees few batches
+
+
+class Style(NamedTuple):
+    color: str
+    line: Any
+    marker: str
+
+
+SHORTCUT_STYLES = {
+    Shortcut.PLAIN: Style(VERMILION, (0, (4, 1.5)), "s"),
+    Shortcut.A: Style(BLUE, "-", "o"),
+    Shortcut.B: Style(GREEN, (0, (6, 1.5, 1, 1.5)), "^"),
+    Shortcut.C: Style(PURPLE, (0, (1, 1)), "D"),
+}
+DEPTH_STYLES = [
+    Style(BLUE, "-", "o"),
+    Style(VERMILION, (0, (4, 1.5)), "s"),
+    Style(GREEN, (0, (6, 1.5, 1, 1.5)), "^"),
+    Style(PURPLE, (0, (1, 1)), "D"),
+    Style(BLACK, (0, (8, 2)), "v"),
+    Style(ORANGE, (0, (3, 1, 1, 1, 1, 1)), "P"),
+]
+
+
+def draw_all(groups: Sequence[Group], out: Path) -> list[str]:
+    """Every figure that `groups` have the runs for, as PNG and SVG; the names of the PNG files."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawings: list[tuple[str, Callable[[], Figure] | None]] = [
+        curves_at_one_depth(groups),
+        ("side_by_side", lambda: side_by_side(groups)) if sides(groups) else ("", None),
+        ("depth", lambda: error_by_depth(groups)) if len(depths(groups)) > 1 else ("", None),
+        ("layer_responses", lambda: layer_responses(groups)) if responded(groups) else ("", None),
+    ]
+    written = []
+    with settings():
+        for name, draw in drawings:
+            if draw is not None:
+                figure = draw()
+                figure.savefig(out / f"{name}.png", dpi=200)
+                figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+                written.append(f"{name}.png")
+    return written
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    import matplotlib as mpl  # takes a second
+
+    with mpl.rc_context(SETTINGS):
+        yield
+
+
+# --- Error against the step -----------------------------------------------------------------------
+
+
+def curves_at_one_depth(groups: Sequence[Group]) -> tuple[str, "Callable[[], Figure] | None"]:
+    """The networks of the depth that most of them have: plain_vs_residual, or curves if all or
+    none are plain.
+    """
+    counts = {
+        depth: [g for g in groups if g.config.model.depth == depth] for depth in depths(groups)
+    }
+    chosen = max(counts.values(), key=len)
+    if len(chosen) < 2:
+        return "", None
+    both = len({is_plain(group) for group in chosen}) == 2
+    return "plain_vs_residual" if both else "curves", lambda: curves(chosen)
+
+
+def curves(groups: Sequence[Group]) -> "Figure":
+    """Error against the step, and a table of the last errors beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    for group, style in zip(groups, styles(groups), strict=True):
+        draw_curve(left, group, style)
+    finish_curves(left, groups)
+    draw_table(right, groups)
+    return figure
+
+
+def side_by_side(groups: Sequence[Group]) -> "Figure":
+    """Plain networks left, residual ones right, by depth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    pair = sides(groups)
+    for axes, side, title in zip(
+        figure.subplots(1, 2, sharey=True), pair, ("plain", "residual"), strict=True
+    ):
+        for group, style in zip(side, styles(side, by_depth=depths(groups)), strict=True):
+            draw_curve(axes, group, style)
+        finish_curves(axes, side)
+        axes.set_title(title, fontsize=10)
+    figure.axes[0].set_ylim(0, max(top(side) for side in pair))
+    figure.axes[1].set_ylabel("")
+    return figure
+
+
+def draw_curve(axes: "Axes", group: Group, style: Style) -> None:
+    """Bold test error with a band over the seeds, light training error."""
+    steps, errors = stacked(group, "test")
+    mean, deviation = errors.mean(0), deviation_of(errors)
+    train_steps, train_errors = binned(*stacked(group, "train"))
+    axes.plot(
+        train_steps, train_errors.mean(0), color=style.color, ls=style.line, lw=0.7, alpha=0.6
+    )
+    axes.plot(
+        steps,
+        mean,
+        color=style.color,
+        ls=style.line,
+        lw=1.8,
+        marker=style.marker,
+        ms=3.5,
+        markevery=max(1, len(steps) // 8),
+        label=group.label,
+    )
+    if len(errors) > 1:
+        low, high = mean - deviation, mean + deviation
+        axes.fill_between(steps, low, high, color=style.color, alpha=0.2, lw=0)
+
+
+def finish_curves(axes: "Axes", groups: Sequence[Group]) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel("error (%)")
+    axes.set_xlim(0, max(group.config.train.steps for group in groups))
+    axes.set_ylim(0, top(groups))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 10_000 else f"{x:,.0f}")
+    legend = axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.17),
+        ncols=2,
+        handlelength=4.2,
+        columnspacing=1.2,
+        title="bold: test, light: training",
+    )
+    legend.get_title().set_fontsize(8)
+
+
+def top(groups: Sequence[Group]) -> float:
+    """The axis's end: what the second half of training needs; the first errors are off the page."""
+    late = []
+    for group in groups:
+        for split in ("train", "test"):
+            steps, errors = binned(*stacked(group, split))
+            late.append(errors[:, steps >= steps[-1] / 2].max())
+    return min(100.0, max(20.0, 1.3 * max(late)))  # 20: the paper's axis
+
+
+def draw_table(axes: "Axes", groups: Sequence[Group]) -> None:
+    axes.axis("off")
+    sources = [source for source in PUBLISHED if any(group.published(source) for group in groups)]
+    head = ["network", "weights", "test error", *sources]
+    cells = [
+        [
+            group.label,
+            f"{group.runs[0].summary['parameters'] / 1e6:.2f}M",
+            spread(group.test_errors),
+            *("\n".join(f"{x:.2f}" for x in group.published(source)) or "-" for source in sources),
+        ]
+        for group in groups
+    ]
+    widths = [max(len(row[i]) for row in [head, *cells]) for i in range(len(head))]
+    widths = [width + 1.5 for width in widths]
+    widths = [width / sum(widths) for width in widths]
+    table = axes.table(cells, colLabels=head, colWidths=widths, loc="center", edges="horizontal")
+    table.auto_set_font_size(False)
+    table.set_fontsize(7.5)
+    table.scale(1, 1.5)
+    for (row, column), cell in table.get_celld().items():
+        cell.set_linewidth(0.5)
+        cell.get_text().set_fontweight("bold" if row == 0 else "normal")
+        cell.get_text().set_horizontalalignment("left" if column == 0 else "center")
+    n = {len(group.runs) for group in groups}
+    count = f"{min(n)}" if len(n) == 1 else f"{min(n)} to {max(n)}"
+    axes.set_title(
+        "test error in %, at the last step; "
+        + ("one run each" if n == {1} else f"mean ± std of {count} seeds"),
+        fontsize=8,
+        y=0.02,
+    )
+
+
+# --- Error against depth --------------------------------------------------------------------------
+
+
+def error_by_depth(groups: Sequence[Group]) -> "Figure":
+    """Test error at the last step against depth, with the published values as marked points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots()
+    place = {depth: i for i, depth in enumerate(depths(groups))}
+    shortcuts = [s for s in Shortcut if any(g.config.model.shortcut is s for g in groups)]
+    for shortcut in shortcuts:
+        style = SHORTCUT_STYLES[shortcut]
+        line = [group for group in groups if group.config.model.shortcut is shortcut]
+        x = [place[group.config.model.depth] for group in line]
+        mean = np.array([group.test_errors.mean() for group in line])
+        deviation = np.array([deviation_of(group.test_errors) for group in line])
+        name = "plain" if shortcut is Shortcut.PLAIN else f"residual, {shortcut.value}"
+        label = f"{name}, here"
+        axes.plot(
+            x, mean, color=style.color, ls=style.line, lw=1.8, marker=style.marker, label=label
+        )
+        axes.fill_between(x, mean - deviation, mean + deviation, color=style.color, alpha=0.2, lw=0)
+    # Beside our points, not upon them.
+    marks = {PAPER: ("*", 8, -0.1), AKAMASTER: ("x", 5.5, 0.1), REFERENCE: ("+", 7, 0.1)}
+    for source, (marker, size, shift) in marks.items():
+        for shortcut in shortcuts:
+            points = [
+                (place[group.config.model.depth] + shift, error)
+                for group in groups
+                if group.config.model.shortcut is shortcut
+                for error in group.published(source)
+            ]
+            if points:
+                name = "plain" if shortcut is Shortcut.PLAIN else shortcut.value
+                color = SHORTCUT_STYLES[shortcut].color
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=color,
+                    ls="none",
+                    marker=marker,
+                    ms=size,
+                    mew=1.2,
+                    label=f"{name}, {source}",
+                )
+    axes.set_xticks(list(place.values()), [f"{depth}" for depth in place])
+    axes.set_xlabel("depth (layers with weights)")
+    axes.set_ylabel("test error at the last step (%)")
+    steps = sorted({group.config.train.steps for group in groups})
+    axes.set_title(f"here: {', '.join(f'{n:,}' for n in steps)} steps", fontsize=9)
+    figure.legend(loc="outside right upper", handlelength=3)
+    return figure
+
+
+# --- Layer responses ------------------------------------------------------------------------------
+
+
+def layer_responses(groups: Sequence[Group]) -> "Figure":
+    """Standard deviation of each 3x3 layer's output, in order and by size (paper, figure 7)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    shown = responded(groups)
+    for group, style in zip(shown, response_styles(shown), strict=True):
+        found = np.array([run.responses["std"] for run in group.runs if run.responses])
+        ranked = np.sort(found, -1)[:, ::-1]
+        for axes, values in ((upper, found), (lower, ranked)):
+            x = np.arange(1, values.shape[1] + 1)
+            mean, deviation = values.mean(0), deviation_of(values)
+            axes.plot(
+                x,
+                mean,
+                color=style.color,
+                ls=style.line,
+                lw=1.2,
+                marker=style.marker,
+                ms=3,
+                markevery=max(1, len(x) // 19),
+                label=group.label,
+            )
+            axes.fill_between(
+                x, mean - deviation, mean + deviation, color=style.color, alpha=0.2, lw=0
+            )
+    for axes, order in ((upper, "layer, from the input on"), (lower, "layer, by size")):
+        axes.set_xlabel(order)
+        axes.set_ylabel("std of the response")
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.01)
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside right upper", handlelength=4.2)
+    return figure
+
+
+# --- Choosing and averaging -----------------------------------------------------------------------
+
+
+def is_plain(group: Group) -> bool:
+    return group.config.model.shortcut is Shortcut.PLAIN
+
+
+def depths(groups: Sequence[Group]) -> list[int]:
+    return sorted({group.config.model.depth for group in groups})
+
+
+def sides(groups: Sequence[Group]) -> tuple[list[Group], list[Group]] | None:
+    """Plain groups, and the residual ones of their commonest shortcut; None without either."""
+    plain = [group for group in groups if is_plain(group)]
+    residual = [group for group in groups if not is_plain(group)]
+    if not plain or not residual:
+        return None
+    shortcuts = [group.config.model.shortcut for group in residual]
+    commonest = max(shortcuts, key=shortcuts.count)
+    return plain, [group for group in residual if group.config.model.shortcut is commonest]
+
+
+def responded(groups: Sequence[Group]) -> list[Group]:
+    """Those of figure 7, as far as their layers' responses were measured: the shallowest and the
+    deepest depth that there are plain and residual, and the deepest residual network.
+    """
+    measured = [group for group in groups if any(run.responses for run in group.runs)]
+    pair = sides(measured)
+    if pair is None:
+        return [group for group in measured if group.config.model.depth in ends(measured)]
+    common = [group for group in pair[1] if group.config.model.depth in depths(pair[0])]
+    shown = ends(common)
+    plain = [group for group in pair[0] if group.config.model.depth in shown]
+    deepest = max(depths(pair[1]))
+    return [*plain, *(g for g in pair[1] if g.config.model.depth in {*shown, deepest})]
+
+
+def ends(groups: Sequence[Group]) -> set[int]:
+    """The smallest and the largest depth."""
+    found = depths(groups)
+    return {found[0], found[-1]} if found else set()
+
+
+def response_styles(groups: Sequence[Group]) -> list[Style]:
+    """Plain networks warm and broken, residual ones cold and solid but for the shallowest."""
+    warm = iter([Style(ORANGE, (0, (1, 1)), "s"), Style(VERMILION, (0, (4, 1.5)), "D")])
+    dashdot = (0, (6, 1.5, 1, 1.5))
+    cold = iter([Style(SKY, dashdot, "^"), Style(BLUE, "-", "o"), Style(BLACK, "-", "v")])
+    fallback = iter(DEPTH_STYLES * len(groups))
+    return [next(warm if is_plain(group) else cold, next(fallback)) for group in groups]
+
+
+def styles(groups: Sequence[Group], by_depth: Sequence[int] = ()) -> list[Style]:
+    """Of each group, distinct: by depth if asked for, else by shortcut if that tells them apart."""
+    if by_depth:
+        order = [by_depth.index(group.config.model.depth) for group in groups]
+        return [DEPTH_STYLES[i % len(DEPTH_STYLES)] for i in order]
+    shortcuts = [group.config.model.shortcut for group in groups]
+    if len(set(shortcuts)) == len(shortcuts):
+        return [SHORTCUT_STYLES[shortcut] for shortcut in shortcuts]
+    return [DEPTH_STYLES[i % len(DEPTH_STYLES)] for i in range(len(groups))]
+
+
+def stacked(group: Group, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (rows,) and errors in % (seeds, rows)."""
+    found = [run.curve(split) for run in group.runs]
+    return found[0][0], 100 * np.stack([errors for _, errors in found])
+
+
+def binned(steps: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same, each at most BINS rows long, by averaging neighbours."""
+    if len(steps) <= BINS:
+        return steps, errors
+    parts = np.array_split(np.arange(len(steps)), BINS)
+    return (
+        np.array([steps[part].mean() for part in parts]),
+        np.stack([errors[:, part].mean(1) for part in parts], 1),
+    )
+
+
+def deviation_of(values: np.ndarray) -> np.ndarray:
+    """Sample standard deviation over the first axis; 0 for one value."""
+    return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])

@@ -1,0 +1,37 @@
+"""The figures and the table of finished runs: `python scripts/plot.py RUNS... [--out DIR]`.
+
+RUNS are work directories, what reproduce.py keeps of them, or folders of either. Runs that differ
+in their seeds alone are drawn as one, by their mean and standard deviation. Drawn is what the runs
+suffice for, each as PNG and SVG: plain_vs_residual (or curves), side_by_side, depth and
+layer_responses. Where DIR holds runs itself, its README.md is written too. With --index RUNS is a
+folder of experiments, such as results, and its README.md is written.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from flax_resnet import cli, figures, results
+
+OUT = flags.DEFINE_string("out", None, "directory for the figures; made if need be")
+INDEX = flags.DEFINE_bool("index", False, "write the table of all experiments in RUNS")
+
+
+def main(*runs: str) -> None:
+    if INDEX.value:
+        for root in runs:
+            results.write_index(Path(root))
+        return
+    groups = results.group_runs(results.find_runs(map(Path, runs)))
+    print("\n".join(results.table(groups, Path.cwd())))
+    if OUT.value:
+        out = Path(OUT.value)
+        drawn = figures.draw_all(groups, out)
+        if list(out.glob("*/summary.json")):
+            results.write_readme(out, drawn)
+        print(f"written to {out}: {', '.join(drawn) or 'nothing'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, "RUNS...")

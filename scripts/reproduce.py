@@ -1,0 +1,110 @@
+"""Every run of a named experiment, its table and its figures: `python scripts/reproduce.py depth`.
+
+Experiments: plain-vs-residual, depth, projection-init, reference, paper. Runs live in
+runs/EXPERIMENT/NETWORK-sSEED; what is small of a finished one goes to OUT/NETWORK-sSEED, and the
+table and the figures to OUT. The same command again skips what is finished and goes on with the
+rest. On a machine with several accelerators each has one run at a time.
+
+With --steps the learning rate falls at the same fractions of the whole as in the full recipe. Any
+other setting can be overridden for all runs: `--config.train.batch_size=256`.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from flax_resnet import cli, experiments, figures, results, sweep, workdir
+from flax_resnet.errors import ConfigError
+from flax_resnet.experiments import Job
+from flax_resnet.loop import fit
+from flax_resnet.measurements import measure
+
+SEEDS = flags.DEFINE_string("seeds", "1", "how many (5), from..to (0..4), or which (0,3)")
+STEPS = flags.DEFINE_integer("steps", None, "in the place of the recipe's")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "of tensorflow-datasets")
+OUT = flags.DEFINE_string("out", None, "default: results/EXPERIMENT, or results/EXPERIMENT-STEPS")
+NETWORKS = flags.DEFINE_list("networks", None, "such as A-20,plain-20; default: the experiment's")
+WORKER = flags.DEFINE_string("worker", None, "for reproduce.py itself: the run to train")
+cli.define_overrides()
+
+OWN = {  # settings that have flags here
+    "seed": "--seeds",
+    "model.depth": "--networks",
+    "model.shortcut": "--networks",
+    "train.steps": "--steps",
+}
+SOME_FAILED = 1  # exit code
+
+
+def main(name: str) -> None:
+    study = experiments.find_study(name)
+    if WORKER.value:
+        train(Path(WORKER.value), study.batch_statistics)
+        return
+    out = Path(OUT.value or f"results/{name}{f'-{STEPS.value}' if STEPS.value else ''}")
+    workdirs = Path("runs") / out.name
+    jobs = make_jobs(study)
+    for job in jobs:
+        sweep.check_same(job.config, workdirs / job.name)
+        sweep.check_same(job.config, out / job.name)
+    failures = run(name, jobs, workdirs, out)
+    report(name, out)
+    for job, reason in failures.items():
+        print(f"failed: {job}: {reason}", file=sys.stderr)
+    if failures:
+        print(f"{len(failures)} of {len(jobs)} runs failed; run it again", file=sys.stderr)
+        sys.exit(SOME_FAILED)
+
+
+def make_jobs(study: experiments.Study) -> list[Job]:
+    for setting in cli.overrides():
+        if setting in OWN:
+            raise ConfigError(f"--config.{setting} is {OWN[setting]} here")
+    seeds = experiments.parse_seeds(SEEDS.value)
+    jobs = experiments.make_jobs(study, NETWORKS.value, seeds, STEPS.value)
+    for job in jobs:
+        job.config.data.dir = DATA_DIR.value
+        cli.override(job.config)
+    return jobs
+
+
+def run(name: str, jobs: list[Job], workdirs: Path, out: Path) -> dict[str, str]:
+    def is_done(job: Job) -> bool:
+        return (out / job.name / "summary.json").exists()
+
+    def command(directory: Path) -> list[str]:
+        return [sys.executable, __file__, name, f"--worker={directory}"]
+
+    def keep(job: Job) -> None:
+        results.copy_small_files(workdirs / job.name, out / job.name)
+
+    missing = [job for job in jobs if not is_done(job)]
+    print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished already", file=sys.stderr)
+    if not missing:
+        return {}
+    return sweep.run(jobs, workdirs, command, sweep.accelerators(), is_done, keep)
+
+
+def train(directory: Path, batch_statistics: bool) -> None:
+    sweep.stop_with_parent()
+    fit(cli.checked(workdir.read_config(directory)), directory)
+    measure(directory, batch_statistics=batch_statistics)
+
+
+def report(name: str, out: Path) -> None:
+    """The table and the figures of all runs that are in `out` by now."""
+    if not list(out.glob("*/summary.json")):
+        return
+    command = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
+    workdir.write_json(out / results.SWEEP, {"experiment": name, "command": command})
+    drawn = figures.draw_all(results.group_runs(results.find_runs([out])), out)
+    results.write_readme(out, drawn)
+    if out.resolve().parent.name == "results":
+        results.write_index(out.parent)
+    print(f"written: {out / 'README.md'}, {', '.join(drawn) or 'no figure'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, "EXPERIMENT")
