@@ -5,6 +5,7 @@ from flax_resnet.config import ResNetConfig as ResNetConfig
 from flax_resnet.config import Shortcut as Shortcut
 from flax_resnet.data import Batch as Batch
 from flax_resnet.loop import fit as fit
+from flax_resnet.pretrained import load_pretrained as load_pretrained
 from flax_resnet.resnet import BasicBlock as BasicBlock
 from flax_resnet.resnet import ResNet as ResNet
 from flax_resnet.torch_files import from_torch as from_torch

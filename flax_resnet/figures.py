@@ -60,8 +60,14 @@ DEPTH_STYLES = [
 
 
 def draw_all(groups: Sequence[Group], out: Path) -> list[str]:
-    """Every figure that `groups` have the runs for, as PNG and SVG; the names of the PNG files."""
+    """Every figure that `groups` have the runs for, as PNG and SVG; the names of the PNG files.
+
+    Of several datasets, that of most groups is drawn.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    datasets = [group.config.data.name for group in groups]
+    commonest = max(datasets, key=datasets.count)
+    groups = [group for group in groups if group.config.data.name is commonest]
     drawings: list[tuple[str, Callable[[], Figure] | None]] = [
         curves_at_one_depth(groups),
         ("side_by_side", lambda: side_by_side(groups)) if sides(groups) else ("", None),
@@ -160,10 +166,13 @@ def draw_curve(axes: "Axes", group: Group, style: Style) -> None:
 
 
 def finish_curves(axes: "Axes", groups: Sequence[Group]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel("step")
     axes.set_ylabel("error (%)")
     axes.set_xlim(0, max(group.config.train.steps for group in groups))
     axes.set_ylim(0, top(groups))
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 10_000 else f"{x:,.0f}")
     legend = axes.legend(
         loc="upper center",
@@ -216,7 +225,7 @@ def draw_table(axes: "Axes", groups: Sequence[Group]) -> None:
         "test error in %, at the last step; "
         + ("one run each" if n == {1} else f"mean ± std of {count} seeds"),
         fontsize=8,
-        y=0.02,
+        y=0.1,
     )
 
 

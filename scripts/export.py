@@ -1,0 +1,113 @@
+"""Weights to publish, from a finished run: `python scripts/export.py WORKDIR OUT.safetensors`.
+
+Written are the tensors, by PyTorch's names, and OUT.json: config, data, errors, SHA-256, versions,
+and how far the logits of the file as read back are from those of PyTorch with the same file (where
+PyTorch is installed). `flax_resnet.load_pretrained` reads them, without PyTorch. The errors are
+those of the newest checkpoint's step; WORKDIR/checkpoints/STEP exports another one.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from flax_resnet import cli, data, pretrained, torch_files, workdir
+from flax_resnet.checkpoint import load_state
+from flax_resnet.config import DType, ResNetConfig
+from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.report import read_metrics
+from flax_resnet.torch_weights import from_state_dict
+from flax_resnet.train import init
+
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace OUT if it is there")
+
+NUM_IMAGES = 8
+LIMIT = {DType.FLOAT32: 1e-3, DType.FLOAT64: 1e-9}  # rounding alone: 1e-6 and 1e-15
+
+
+def main(source: str, out: str) -> None:
+    path = Path(out)
+    if path.exists() and not OVERWRITE.value:
+        raise ConfigError(f"{path} is there already; --overwrite replaces it")
+    directory, step = workdir.locate(Path(source))
+    config = workdir.read_config(directory)
+    if config.model.dtype is DType.FLOAT64:
+        jax.config.update("jax_enable_x64", True)
+    state = load_state(directory, jax.eval_shape(lambda: init(config)[1]), step)
+    params, batch_stats = jax.device_get((state.params, state.batch_stats))
+    splits = data.load(config.data)
+    constants = data.make_normalization(config.data.preprocess, splits["train"].image)
+    sizes = {split: len(examples.label) for split, examples in splits.items()}
+    facts = {"examples": sizes} | measured(directory, int(state.step))
+    arguments = (config, params, batch_stats, constants, int(state.step))
+    pretrained.write(path, *arguments, facts)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        parity = check(path, config.model)
+    except WeightsError:
+        path.unlink()
+        path.with_suffix(".json").unlink()
+        raise
+    pretrained.write(path, *arguments, facts | {"parity": parity})
+    print(f"written: {path} ({path.stat().st_size:,} bytes) and {path.with_suffix('.json').name}")
+    print(json.dumps({"step": int(state.step), **facts, "parity": parity}))
+
+
+def measured(directory: Path, step: int) -> dict[str, Any]:
+    """What the run's log says of that step, and the summary of how and where it ran."""
+    facts: dict[str, Any] = {
+        f"{row['split']}_{name}": row[name]
+        for row in read_metrics(directory / "metrics.jsonl")
+        for name in ("error", "loss")
+        if row["step"] == step
+    }
+    summary = directory / "summary.json"
+    if summary.exists():
+        tree = json.loads(summary.read_text())
+        facts |= {name: tree[name] for name in ("devices", "versions", "parameters")}
+    return facts
+
+
+def check(path: Path, model: ResNetConfig) -> dict[str, Any]:
+    """How far the logits are from those of the twin with the same file, on random images.
+
+    Raises:
+        WeightsError: further than rounding explains.
+    """
+    try:
+        import torch
+
+        from torch_ref.resnet import ResNet as Twin
+    except ImportError:
+        return {"checked": False, "why": "PyTorch is not installed"}
+    arrays = torch_files.read(path).state_dict
+    image = np.random.default_rng(0).normal(size=(NUM_IMAGES, 32, 32, 3))
+    found = {}
+    for dtype, limit in LIMIT.items():
+        config = dataclasses.replace(model, dtype=dtype)
+        same = {k: x.astype(dtype.value) if x.dtype.kind == "f" else x for k, x in arrays.items()}
+        imported = from_state_dict(same, shortcut=model.shortcut, channel_pad=model.channel_pad)
+        ours = imported._replace(config=config).model()(jnp.array(image, dtype.value))
+        twin = Twin(config).eval()
+        twin.load_state_dict(torch_files.tensors(same))
+        with torch.no_grad():
+            x = torch.tensor(image, dtype=twin.fc.weight.dtype).permute(0, 3, 1, 2)
+            theirs = twin(x).numpy()
+        found[dtype.value] = float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+        if not found[dtype.value] <= limit:
+            raise WeightsError(f"PyTorch's logits differ by more than rounding ({found})")
+    return {
+        "checked": True,
+        "with": f"torch {torch.__version__}",
+        "images": NUM_IMAGES,
+        "largest relative difference of the logits": found,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main, "WORKDIR", "OUT")
