@@ -404,4 +404,4 @@ def binned(steps: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def deviation_of(values: np.ndarray) -> np.ndarray:
     """Sample standard deviation over the first axis; 0 for one value."""
-    return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
+    return np.asarray(values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:]))

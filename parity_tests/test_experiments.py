@@ -1,0 +1,93 @@
+"""Claim: a named experiment's runs are the config files' recipes, and with fewer steps the learning
+rate falls at the same fractions of the whole.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from flax_resnet.config import Experiment, ProjectionInit
+from flax_resnet.errors import ConfigError
+from flax_resnet.experiments import STUDIES, Job, make_jobs, parse_seeds
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def recipe(config: Experiment) -> tuple[object, ...]:
+    """What decides the result, but for the seed."""
+    settings = config.train
+    sizes = settings.steps, settings.batch_size
+    return config.model, config.data, config.optim, sizes, config.parallel
+
+
+def of_file(name: str) -> Experiment:
+    scope: dict[str, object] = {}
+    exec((CONFIGS / f"{name}.py").read_text(), scope)
+    return scope["get_config"]()
+
+
+def find(jobs: list[Job], name: str) -> Experiment:
+    return next(job.config for job in jobs if job.name == name)
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_depth_is_the_config_files(depth: int) -> None:
+    jobs = make_jobs(STUDIES["depth"], seeds=(3,))
+    for kind, name in (("A", "resnet"), ("plain", "plain")):
+        config = find(jobs, f"{kind}-{depth}-s3")
+        assert recipe(config) == recipe(of_file(f"{name}{depth}"))
+        assert config.seed == 3
+
+
+def test_reference_is_its_config_file() -> None:
+    config = find(make_jobs(STUDIES["reference"]), "A-20-s0")
+    assert recipe(config) == recipe(of_file("reference_resnet20"))
+
+
+def test_paper_holds_out_5000() -> None:
+    assert {job.config.data.validation for job in make_jobs(STUDIES["paper"])} == {5000}
+
+
+def test_projection_init_compares_kaiming_with_the_average() -> None:
+    kaiming, average = (job.config for job in make_jobs(STUDIES["projection-init"]))
+    assert kaiming.model.projection_init is ProjectionInit.KAIMING
+    average.model.projection_init, was = ProjectionInit.KAIMING, average.model.projection_init
+    assert was is ProjectionInit.AVERAGE
+    assert average == kaiming
+
+
+@pytest.mark.parametrize(
+    ("steps", "boundaries", "warmup"),
+    [(64_000, (32_000, 48_000), 400), (1500, (750, 1125), 150), (10, (5, 7), 1), (4, (2, 3), 0)],
+)
+def test_fewer_steps_scale_the_schedule(
+    steps: int, boundaries: tuple[int, int], warmup: int
+) -> None:
+    optim = make_jobs(STUDIES["depth"], ["A-110"], steps=steps)[0].config.optim
+    assert (optim.boundaries, optim.warmup_steps) == (boundaries, warmup)
+
+
+def test_all_networks_come_before_the_next_seed() -> None:
+    jobs = make_jobs(STUDIES["depth"], ["A-8", "plain-8"], (0, 4))
+    assert [job.name for job in jobs] == ["A-8-s0", "plain-8-s0", "A-8-s4", "plain-8-s4"]
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("D-20", "a network must be plain, A, B or C and a depth"),
+        ("A-21", "model.depth must be 6n\\+2"),
+        ("A-20-average", "only B and C have projections"),
+    ],
+)
+def test_a_network_that_is_none(network: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_jobs(STUDIES["depth"], [network])
+
+
+def test_seeds() -> None:
+    assert parse_seeds("5") == parse_seeds("0..4") == [0, 1, 2, 3, 4]
+    assert parse_seeds("0,3") == [0, 3]
+    for text in ("", "0", "a", "4..2", "1-2"):
+        with pytest.raises(ConfigError, match="seeds must be a number of seeds"):
+            parse_seeds(text)

@@ -1,0 +1,174 @@
+"""Claim: table and figures show the errors of the runs' last steps, by mean and deviation."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flax_resnet import figures, results
+from flax_resnet.errors import ResultsError
+from flax_resnet.experiments import STUDIES, make_jobs
+from flax_resnet.results import Group
+
+REFERENCE = Path(__file__).parent.parent.parent / "shared/reference/metrics"
+SEEDS = (0, 1, 2)
+NETWORKS = ("plain-20", "A-20", "plain-56", "A-56")
+ERRORS = {  # in %, by network and seed; the best is not the last
+    "plain-20": (9.0, 9.3, 9.9),
+    "A-20": (8.1, 8.4, 8.2),
+    "plain-56": (13.0, 14.0, 12.0),
+    "A-56": (6.5, 6.9, 7.0),
+}
+RESPONSES = {"plain-20": 2.0, "A-20": 1.0, "plain-56": 1.5, "A-56": 0.5}
+
+
+def write_run(directory: Path, name: str, steps: int | None = None, **fields: object) -> None:
+    """A finished run with made-up numbers, as `fit` and `measure` leave it."""
+    network, _, seed = name.rpartition("-s")
+    (job,) = make_jobs(STUDIES["depth"], [network], [int(seed)], steps)
+    total, error = job.config.train.steps, ERRORS[network][int(seed)] / 100
+    rows = [
+        {"step": step, "split": split, "error": e, "loss": 1.0}
+        for step, factor in ((total // 4, 3.0), (total // 2, 0.9), (total, 1.0))
+        for split, e in (("train", error * factor / 2), ("test", error * factor))
+    ]
+    summary = {
+        "test_error": error,
+        "steps": total,
+        "wall_seconds": 7200.0,
+        "parameters": 270_000,
+        "devices": "1 x TPU v4",
+        "train_examples": 50_000,
+        "test_examples": 10_000,
+        "config": job.config.to_dict(),
+    }
+    run = directory / name
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "summary.json").write_text(json.dumps(summary | fields))
+    std = [RESPONSES[network] * (i + 1) for i in range(job.config.model.depth - 1)]
+    (run / "layer_responses.json").write_text(json.dumps({"std": std}))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for network in NETWORKS:
+        for seed in SEEDS:
+            write_run(tmp_path / "depth", f"{network}-s{seed}")
+    return tmp_path / "depth"
+
+
+def groups(runs: Path) -> list[Group]:
+    return results.group_runs(results.find_runs([runs]))
+
+
+def rows(table: list[str]) -> dict[str, list[str]]:
+    """Cells by network."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_the_table_has_mean_and_deviation_of_the_last_errors(runs: Path) -> None:
+    table = rows(results.table(groups(runs), runs))
+    assert list(table)[2:] == ["plain-20", "ResNet-20 A", "plain-56", "ResNet-56 A"]
+    for name, network in zip(list(table)[2:], NETWORKS, strict=True):
+        mean, deviation = np.mean(ERRORS[network]), np.std(ERRORS[network], ddof=1)
+        seeds, steps, data, test_error, train_error, *_ = table[name]
+        assert test_error == f"**{mean:.2f} ± {deviation:.2f}**"
+        assert train_error == f"{mean / 2:.2f} ± {deviation / 2:.2f}"
+        assert (seeds, steps, data) == ("0, 1, 2", "64,000", "CIFAR-10")
+    assert table["ResNet-56 A"][5:8] == ["6.97", "6.61", "10.91, 9.77"]
+    assert table["ResNet-56 A"][8:10] == ["1 x TPU v4", "2.00"]
+    for seed in SEEDS:
+        assert f"[A-56-s{seed}](A-56-s{seed}/metrics.jsonl)" in table["ResNet-56 A"][10]
+
+
+def test_a_row_says_what_is_less_than_the_papers(tmp_path: Path) -> None:
+    write_run(tmp_path, "A-20-s0", steps=1500, train_examples=49_483, test_examples=9_886)
+    row = rows(results.table(groups(tmp_path), tmp_path))["ResNet-20 A"]
+    assert row[1] == "**1,500 of 64,000**, rate ÷ 10 at 750 and 1,125"
+    assert row[2] == "**reduced** CIFAR-10: 49,483 + 9,886 images"
+    assert row[3] == "**8.10**"  # one run has no deviation
+
+
+def test_runs_of_other_steps_are_no_seeds_of_each_other(runs: Path) -> None:
+    write_run(runs.parent / "short", "A-20-s0", steps=1500)
+    found = results.group_runs(results.find_runs([runs, runs.parent / "short"]))
+    labels = [group.label for group in found if group.config.model.depth == 20]
+    assert labels == ["plain-20", "ResNet-20 A, 64,000 steps", "ResNet-20 A, 1,500 steps"]
+
+
+def test_depth_is_drawn_at_the_means_with_the_published_points(runs: Path) -> None:
+    axes = figures.error_by_depth(groups(runs)).axes[0]
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    for kind, label in (("plain", "plain, here"), ("A", "residual, A, here")):
+        means = [np.mean(ERRORS[f"{kind}-{depth}"]) for depth in (20, 56)]
+        np.testing.assert_allclose(lines[label], means)
+    np.testing.assert_allclose(lines["A, paper"], [8.75, 6.97])
+    np.testing.assert_allclose(lines["A, akamaster"], [8.27, 6.61])
+    np.testing.assert_allclose(lines["A, reference"], [11.16, 10.91, 9.77])
+    np.testing.assert_allclose(lines["plain, reference"], [12.42, 15.82])
+    edge = axes.collections[0].get_paths()[0].vertices[:, 1]
+    low = np.mean(ERRORS["plain-20"]) - np.std(ERRORS["plain-20"], ddof=1)
+    assert edge.min() == pytest.approx(low)
+
+
+def test_side_by_side_is_plain_left_and_residual_right(runs: Path) -> None:
+    left, right = figures.side_by_side(groups(runs)).axes
+    assert left.get_ylim() == right.get_ylim()
+    for axes, kind in ((left, "plain"), (right, "A")):
+        for i, depth in enumerate((20, 56)):
+            train, test = axes.lines[2 * i : 2 * i + 2]
+            mean = np.mean(ERRORS[f"{kind}-{depth}"])
+            np.testing.assert_allclose(test.get_ydata(), np.array([3.0, 0.9, 1.0]) * mean)
+            np.testing.assert_allclose(train.get_ydata(), np.array([1.5, 0.45, 0.5]) * mean)
+            np.testing.assert_array_equal(test.get_xdata(), [16_000, 32_000, 64_000])
+            assert test.get_linewidth() > 2 * train.get_linewidth()
+
+
+def test_responses_are_drawn_in_order_and_ranked(runs: Path) -> None:
+    upper, lower = figures.layer_responses(groups(runs)).axes
+    drawn = {line.get_label(): line.get_ydata() for line in upper.lines}
+    np.testing.assert_allclose(drawn["plain-56"], 1.5 * np.arange(1, 56))
+    np.testing.assert_allclose(drawn["ResNet-20 A"], np.arange(1, 20))
+    for line in lower.lines:
+        np.testing.assert_allclose(line.get_ydata(), drawn[line.get_label()][::-1])
+
+
+def test_all_figures_are_written_and_the_same_runs_give_the_same_files(runs: Path) -> None:
+    names = figures.draw_all(groups(runs), runs)
+    assert names == [
+        "plain_vs_residual.png",
+        "side_by_side.png",
+        "depth.png",
+        "layer_responses.png",
+    ]
+    first = {path: path.read_bytes() for path in runs.glob("*.*g")}
+    assert len(first) == 8
+    figures.draw_all(groups(runs), runs)
+    assert {path: path.read_bytes() for path in first} == first
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match=r"is no finished run: it has no summary.json"):
+        results.find_runs([tmp_path])
+    write_run(tmp_path, "A-20-s0")
+    (tmp_path / "A-20-s0" / "metrics.jsonl").unlink()
+    with pytest.raises(ResultsError, match=r"is damaged: it has no metrics.jsonl"):
+        results.find_runs([tmp_path])
+
+
+@pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason=f"the reference's metrics are not at {REFERENCE}"
+)
+def test_the_references_numbers_are_its_last_epochs() -> None:
+    found: dict[str, list[float]] = {}
+    for path in sorted(REFERENCE.glob("*/test_errors.npy")):
+        _, depth, kind, *rest = path.parent.name.split("-")
+        name = f"plain-{depth}" if kind == "P" else f"ResNet-{depth} {rest[0]}"
+        found.setdefault(name, []).append(round(100 * np.load(path)[1, -1], 2))
+    published = results.PUBLISHED[results.REFERENCE]
+    assert {name: sorted(x) for name, x in published.items()} == {
+        name: sorted(x) for name, x in found.items()
+    }
