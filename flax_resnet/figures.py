@@ -6,7 +6,7 @@ figure 6 and in the reference's figures. Bands are one sample standard deviation
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, BLACK = "#56B4E9", "#CC79A7", "#000000"
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
     "font.size": 9,
@@ -68,46 +68,36 @@ def draw_all(groups: Sequence[Group], out: Path) -> list[str]:
     datasets = [group.config.data.name for group in groups]
     commonest = max(datasets, key=datasets.count)
     groups = [group for group in groups if group.config.data.name is commonest]
-    drawings: list[tuple[str, Callable[[], Figure] | None]] = [
-        curves_at_one_depth(groups),
-        ("side_by_side", lambda: side_by_side(groups)) if sides(groups) else ("", None),
-        ("depth", lambda: error_by_depth(groups)) if len(depths(groups)) > 1 else ("", None),
-        ("layer_responses", lambda: layer_responses(groups)) if responded(groups) else ("", None),
-    ]
+    alike = at_one_depth(groups)
+    pair = sides(groups)
     written = []
     with settings():
-        for name, draw in drawings:
-            if draw is not None:
-                figure = draw()
-                figure.savefig(out / f"{name}.png", dpi=200)
-                figure.savefig(out / f"{name}.svg", metadata={"Date": None})
-                written.append(f"{name}.png")
+        drawn: dict[str, Figure] = {}
+        if len(alike) > 1:
+            name = "plain_vs_residual" if len(set(map(is_plain, alike))) == 2 else "curves"
+            drawn[name] = curves(alike)
+        if pair is not None:
+            drawn["side_by_side"] = side_by_side(*pair)
+        if len(depths(groups)) > 1:
+            drawn["depth"] = error_by_depth(groups)
+        if responded(groups):
+            drawn["layer_responses"] = layer_responses(groups)
+        for name, figure in drawn.items():
+            figure.savefig(out / f"{name}.png", dpi=200)
+            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+            written.append(f"{name}.png")
     return written
 
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    import matplotlib as mpl  # takes a second
+    from matplotlib import rc_context  # takes a second
 
-    with mpl.rc_context(SETTINGS):
+    with rc_context(SETTINGS):
         yield
 
 
 # --- Error against the step -----------------------------------------------------------------------
-
-
-def curves_at_one_depth(groups: Sequence[Group]) -> tuple[str, "Callable[[], Figure] | None"]:
-    """The networks of the depth that most of them have: plain_vs_residual, or curves if all or
-    none are plain.
-    """
-    counts = {
-        depth: [g for g in groups if g.config.model.depth == depth] for depth in depths(groups)
-    }
-    chosen = max(counts.values(), key=len)
-    if len(chosen) < 2:
-        return "", None
-    both = len({is_plain(group) for group in chosen}) == 2
-    return "plain_vs_residual" if both else "curves", lambda: curves(chosen)
 
 
 def curves(groups: Sequence[Group]) -> "Figure":
@@ -123,20 +113,19 @@ def curves(groups: Sequence[Group]) -> "Figure":
     return figure
 
 
-def side_by_side(groups: Sequence[Group]) -> "Figure":
+def side_by_side(plain: Sequence[Group], residual: Sequence[Group]) -> "Figure":
     """Plain networks left, residual ones right, by depth."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
-    pair = sides(groups)
-    for axes, side, title in zip(
-        figure.subplots(1, 2, sharey=True), pair, ("plain", "residual"), strict=True
-    ):
-        for group, style in zip(side, styles(side, by_depth=depths(groups)), strict=True):
+    order = depths([*plain, *residual])
+    pair = {"plain": plain, "residual": residual}
+    for axes, (title, side) in zip(figure.subplots(1, 2, sharey=True), pair.items(), strict=True):
+        for group, style in zip(side, styles(side, by_depth=order), strict=True):
             draw_curve(axes, group, style)
         finish_curves(axes, side)
         axes.set_title(title, fontsize=10)
-    figure.axes[0].set_ylim(0, max(top(side) for side in pair))
+    figure.axes[0].set_ylim(0, max(map(top, pair.values())))
     figure.axes[1].set_ylabel("")
     return figure
 
@@ -331,6 +320,12 @@ def is_plain(group: Group) -> bool:
 
 def depths(groups: Sequence[Group]) -> list[int]:
     return sorted({group.config.model.depth for group in groups})
+
+
+def at_one_depth(groups: Sequence[Group]) -> list[Group]:
+    """Those of the depth that most of them have."""
+    found = [group.config.model.depth for group in groups]
+    return [group for group in groups if group.config.model.depth == max(found, key=found.count)]
 
 
 def sides(groups: Sequence[Group]) -> tuple[list[Group], list[Group]] | None:

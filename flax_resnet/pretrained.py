@@ -161,27 +161,23 @@ def comparable(config: ResNetConfig) -> dict[str, Any]:
 
 def encode(constants: Normalization) -> dict[str, Any]:
     """A Normalization as JSON knows it; arrays as base64 of little-endian float64."""
-    mean, std = (
-        None
-        if array is None
-        else {
-            "shape": list(array.shape),
-            "float64": base64.b64encode(np.asarray(array, "<f8").tobytes()).decode(),
-        }
-        for array in (constants.mean, constants.std)
-    )
-    return {"scale": constants.scale, "mean": mean, "std": std}
+
+    def tree(array: np.ndarray) -> dict[str, Any]:
+        content = base64.b64encode(np.asarray(array, "<f8").tobytes()).decode()
+        return {"shape": list(array.shape), "float64": content}
+
+    mean = None if constants.mean is None else tree(constants.mean)
+    return {"scale": constants.scale, "mean": mean, "std": tree(constants.std)}
 
 
 def decode(tree: dict[str, Any]) -> Normalization:
     """Inverse of `encode`."""
-    mean, std = (
-        None
-        if array is None
-        else np.frombuffer(base64.b64decode(array["float64"]), "<f8").reshape(array["shape"])
-        for array in (tree["mean"], tree["std"])
-    )
-    return Normalization(tree["scale"], mean, std)
+
+    def array(tree: dict[str, Any]) -> np.ndarray:
+        return np.frombuffer(base64.b64decode(tree["float64"]), "<f8").reshape(tree["shape"])
+
+    mean = None if tree["mean"] is None else array(tree["mean"])
+    return Normalization(tree["scale"], mean, array(tree["std"]))
 
 
 def sha256(path: Path) -> str:

@@ -280,10 +280,9 @@ def data_of(run: Run) -> str:
         return run.config.data.name.value
     held_out = run.config.data.validation
     name = f"CIFAR-10, {held_out:,} held out" if held_out else "CIFAR-10"
-    sizes = tuple(run.summary.get(f"{split}_examples") for split in ("train", "test"))
-    if None in sizes:
+    if "train_examples" not in run.summary:
         return f"{name} (sizes not recorded)"
-    train, test = sizes
+    train, test = run.summary["train_examples"], run.summary["test_examples"]
     if (train + held_out, test) == (50_000, 10_000):
         return name
     return f"**reduced** {name}: {train:,} + {test:,} images"

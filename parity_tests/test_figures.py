@@ -115,7 +115,7 @@ def test_depth_is_drawn_at_the_means_with_the_published_points(runs: Path) -> No
 
 
 def test_side_by_side_is_plain_left_and_residual_right(runs: Path) -> None:
-    left, right = figures.side_by_side(groups(runs)).axes
+    left, right = figures.side_by_side(*figures.sides(groups(runs))).axes
     assert left.get_ylim() == right.get_ylim()
     for axes, kind in ((left, "plain"), (right, "A")):
         for i, depth in enumerate((20, 56)):

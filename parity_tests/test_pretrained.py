@@ -31,15 +31,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     config = Experiment(model=ResNetConfig.paper(8, Shortcut.PLAIN), seed=4)
     config.data.name = Dataset.DIGITS
-    _, state = init(config)
     rng = np.random.default_rng(0)
-    params, batch_stats = jax.tree.map(
+    state = jax.tree.map(
         lambda x: jax.numpy.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype),
-        (state.params, state.batch_stats),
+        jax.eval_shape(lambda: init(config)[1]),
     )
-    state = state._replace(
-        step=jax.numpy.array(7, jax.numpy.int32), params=params, batch_stats=batch_stats
-    )
+    state = state._replace(step=jax.numpy.array(7, jax.numpy.int32))
     directory = tmp_path_factory.mktemp("run") / "plain8"
     directory.mkdir()
     workdir.write_json(directory / "config.json", config.to_dict())
@@ -47,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(state, 0.25)
-    np.save(directory / "leaves.npy", np.concatenate([x.ravel() for x in leaves(params)]))
+    np.save(directory / "leaves.npy", np.concatenate([x.ravel() for x in leaves(state.params)]))
     return directory
 
 

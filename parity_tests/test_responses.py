@@ -42,9 +42,9 @@ def theirs(pair: Pair) -> dict[str, float]:
 @pytest.mark.parametrize(
     "model",
     [
-        ResNetConfig.paper(14, Shortcut.PLAIN, dtype=DType.FLOAT64),
-        ResNetConfig.paper(14, Shortcut.C, dtype=DType.FLOAT64),
-        ResNetConfig.reference(14, Shortcut.A, dtype=DType.FLOAT64),
+        ResNetConfig.paper(8, Shortcut.PLAIN, dtype=DType.FLOAT64),
+        ResNetConfig.paper(8, Shortcut.C, dtype=DType.FLOAT64),
+        ResNetConfig.reference(8, Shortcut.A, dtype=DType.FLOAT64),
     ],
     ids=["plain", "C", "reference"],
 )
