@@ -17,6 +17,9 @@ import filelock
 import numpy as np
 import pytest
 
+from flax_resnet import sweep
+from flax_resnet.experiments import STUDIES, make_jobs
+
 ROOT = Path(__file__).parent.parent
 STEPS = 200
 
@@ -152,3 +155,61 @@ def test_what_would_spoil_it_is_refused_before_any_work(
     assert refused.errors.startswith("error: ")
     assert refused.errors.count("\n") == 1
     assert message in refused.errors
+
+
+def test_every_accelerator_has_one_run_at_a_time(tmp_path: Path) -> None:
+    """Each process waits for another one's sign, so one after another they would not end."""
+    program = (
+        "import os, pathlib, sys, time\n"
+        "slot, home = os.environ['SLOT'], pathlib.Path(sys.argv[1]).parent\n"
+        "(home / f'{slot}.seen').touch()\n"
+        "end = time.monotonic() + 20\n"
+        "while len(list(home.glob('*.seen'))) < 2 and time.monotonic() < end: time.sleep(0.01)\n"
+        "sys.exit(time.monotonic() > end)\n"
+    )
+    jobs = make_jobs(STUDIES["depth"], ["A-8"], range(3), 4)
+    done: list[str] = []
+    failures = sweep.run(
+        jobs,
+        tmp_path,
+        lambda workdir: [sys.executable, "-c", program, str(workdir)],
+        [{"SLOT": "0"}, {"SLOT": "1"}],
+        lambda job: False,
+        lambda job: done.append(job.name),
+    )
+    assert failures == {}
+    assert sorted(done) == [job.name for job in jobs]
+    assert {path.name for path in tmp_path.glob("*.seen")} == {"0.seen", "1.seen"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "visible", "expected"),
+    [
+        ('["cpu", 8]', None, [{}]),
+        ('["gpu", 2]', None, [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]),
+        ('["gpu", 2]', "5,3", [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "3"}]),
+        (
+            '["tpu", 1]',
+            None,
+            [
+                {
+                    "TPU_PROCESS_BOUNDS": "1,1,1",
+                    "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+                    "TPU_VISIBLE_CHIPS": "0",
+                }
+            ],
+        ),
+    ],
+    ids=["cpu", "gpu", "some-gpus", "tpu"],
+)
+def test_a_process_sees_one_accelerator(
+    answer: str,
+    visible: str | None,
+    expected: list[dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sweep, "PROBE", f"print({answer!r})")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert sweep.accelerators() == expected
