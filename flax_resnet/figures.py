@@ -6,18 +6,22 @@ figure 6 and in the reference's figures. Bands are one sample standard deviation
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from flax_resnet.config import Shortcut
+from flax_resnet.experiments import label
 from flax_resnet.results import AKAMASTER, PAPER, PUBLISHED, REFERENCE, Group, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Reference = Mapping[str, Sequence[np.ndarray]]  # test curves by label: steps, errors in %
+NO_CURVES: Reference = {}
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, BLACK = "#56B4E9", "#CC79A7", "#000000"
@@ -59,11 +63,15 @@ DEPTH_STYLES = [
 ]
 
 
-def draw_all(groups: Sequence[Group], out: Path) -> list[str]:
+def draw_all(groups: Sequence[Group], out: Path, reference: Reference | None = None) -> list[str]:
     """Every figure that `groups` have the runs for, as PNG and SVG; the names of the PNG files.
 
     Of several datasets, that of most groups is drawn.
+
+    Args:
+        reference: curves of `results.read_reference`, to be drawn beside ours.
     """
+    reference = reference or {}
     out.mkdir(parents=True, exist_ok=True)
     datasets = [group.config.data.name for group in groups]
     commonest = max(datasets, key=datasets.count)
@@ -75,9 +83,9 @@ def draw_all(groups: Sequence[Group], out: Path) -> list[str]:
         drawn: dict[str, Figure] = {}
         if len(alike) > 1:
             name = "plain_vs_residual" if len(set(map(is_plain, alike))) == 2 else "curves"
-            drawn[name] = curves(alike)
+            drawn[name] = curves(alike, reference)
         if pair is not None:
-            drawn["side_by_side"] = side_by_side(*pair)
+            drawn["side_by_side"] = side_by_side(*pair, reference)
         if len(depths(groups)) > 1:
             drawn["depth"] = error_by_depth(groups)
         if responded(groups):
@@ -100,20 +108,22 @@ def settings() -> Iterator[None]:
 # --- Error against the step -----------------------------------------------------------------------
 
 
-def curves(groups: Sequence[Group]) -> "Figure":
+def curves(groups: Sequence[Group], reference: Reference = NO_CURVES) -> "Figure":
     """Error against the step, and a table of the last errors beside it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
     for group, style in zip(groups, styles(groups), strict=True):
-        draw_curve(left, group, style)
-    finish_curves(left, groups)
+        draw_curve(left, group, style, reference)
+    finish_curves(left, groups, reference)
     draw_table(right, groups)
     return figure
 
 
-def side_by_side(plain: Sequence[Group], residual: Sequence[Group]) -> "Figure":
+def side_by_side(
+    plain: Sequence[Group], residual: Sequence[Group], reference: Reference = NO_CURVES
+) -> "Figure":
     """Plain networks left, residual ones right, by depth."""
     from matplotlib.figure import Figure
 
@@ -122,16 +132,18 @@ def side_by_side(plain: Sequence[Group], residual: Sequence[Group]) -> "Figure":
     pair = {"plain": plain, "residual": residual}
     for axes, (title, side) in zip(figure.subplots(1, 2, sharey=True), pair.items(), strict=True):
         for group, style in zip(side, styles(side, by_depth=order), strict=True):
-            draw_curve(axes, group, style)
-        finish_curves(axes, side)
+            draw_curve(axes, group, style, reference)
+        finish_curves(axes, side, reference)
         axes.set_title(title, fontsize=10)
     figure.axes[0].set_ylim(0, max(map(top, pair.values())))
     figure.axes[1].set_ylabel("")
     return figure
 
 
-def draw_curve(axes: "Axes", group: Group, style: Style) -> None:
-    """Bold test error with a band over the seeds, light training error."""
+def draw_curve(axes: "Axes", group: Group, style: Style, reference: Reference) -> None:
+    """Bold test error with a band over the seeds, light training error; the reference's dotted."""
+    for theirs in reference.get(label(group.config.model).split(" (")[0], []):
+        axes.plot(*theirs, color=style.color, ls=(0, (0.5, 1.5)), lw=1)
     steps, errors = stacked(group, "test")
     mean, deviation = errors.mean(0), deviation_of(errors)
     train_steps, train_errors = binned(*stacked(group, "train"))
@@ -154,7 +166,7 @@ def draw_curve(axes: "Axes", group: Group, style: Style) -> None:
         axes.fill_between(steps, low, high, color=style.color, alpha=0.2, lw=0)
 
 
-def finish_curves(axes: "Axes", groups: Sequence[Group]) -> None:
+def finish_curves(axes: "Axes", groups: Sequence[Group], reference: Reference) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
@@ -169,7 +181,7 @@ def finish_curves(axes: "Axes", groups: Sequence[Group]) -> None:
         ncols=2,
         handlelength=4.2,
         columnspacing=1.2,
-        title="bold: test, light: training",
+        title="bold: test, light: training" + (", dotted: reference, test" if reference else ""),
     )
     legend.get_title().set_fontsize(8)
 

@@ -21,6 +21,7 @@ from flax_resnet.report import Row, read_metrics
 
 # The last is the mark of a whole run, so it is copied last.
 SMALL_FILES = ("config.json", "metrics.jsonl", RESPONSES, BATCH_STATISTICS, "summary.json")
+STEPS_PER_EPOCH = 391  # of 128 out of 50,000
 SWEEP = "sweep.json"  # beside the runs: how they were made
 
 PAPER, AKAMASTER, REFERENCE = "paper", "akamaster", "reference"
@@ -138,6 +139,27 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
         for directory in [path] if (path / "summary.json").exists() else inside or [path]:
             found.setdefault(directory.resolve(), read_run(directory))
     return list(found.values())
+
+
+def read_reference(directory: Path) -> dict[str, list[np.ndarray]]:
+    """The published test curves of the reference, by label: steps and errors in %, (2, tests) each.
+
+    Args:
+        directory: of its metrics, holding such as CifarResNet-20-R-A-DATE/test_errors.npy, whose
+            rows are epochs from 0 and fractions.
+
+    Raises:
+        ResultsError: there are none.
+    """
+    curves: dict[str, list[np.ndarray]] = {}
+    for path in sorted(directory.glob("CifarResNet-*/test_errors.npy")):
+        _, depth, kind, shortcut, *_ = path.parent.name.split("-")
+        name = f"plain-{depth}" if kind == "P" else f"ResNet-{depth} {shortcut}"
+        epochs, errors = np.load(path)
+        curves.setdefault(name, []).append(np.stack([(epochs + 1) * STEPS_PER_EPOCH, 100 * errors]))
+    if not curves:
+        raise ResultsError(f"{directory} has no CifarResNet-*/test_errors.npy")
+    return curves
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:

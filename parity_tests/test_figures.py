@@ -163,12 +163,20 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     not REFERENCE.is_dir(), reason=f"the reference's metrics are not at {REFERENCE}"
 )
 def test_the_references_numbers_are_its_last_epochs() -> None:
-    found: dict[str, list[float]] = {}
-    for path in sorted(REFERENCE.glob("*/test_errors.npy")):
-        _, depth, kind, *rest = path.parent.name.split("-")
-        name = f"plain-{depth}" if kind == "P" else f"ResNet-{depth} {rest[0]}"
-        found.setdefault(name, []).append(round(100 * np.load(path)[1, -1], 2))
+    curves = results.read_reference(REFERENCE)
+    last = {name: sorted(round(x[1, -1], 2) for x in found) for name, found in curves.items()}
     published = results.PUBLISHED[results.REFERENCE]
-    assert {name: sorted(x) for name, x in published.items()} == {
-        name: sorted(x) for name, x in found.items()
-    }
+    assert {name: sorted(x) for name, x in published.items()} == last
+
+
+def test_the_references_curves_are_drawn_beside_ours(runs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "reference" / "CifarResNet-56-R-A-12_02_54" / "test_errors.npy"
+    path.parent.mkdir(parents=True)
+    np.save(path, np.array([[0.0, 156.0], [0.6, 0.1]]))
+    reference = results.read_reference(path.parent.parent)
+    left, right = figures.side_by_side(*figures.sides(groups(runs)), reference).axes
+    ours, theirs = right.lines[3], right.lines[2]
+    np.testing.assert_allclose(theirs.get_xdata(), [391, 157 * 391])
+    np.testing.assert_allclose(theirs.get_ydata(), [60, 10])
+    assert theirs.get_color() == ours.get_color()
+    assert (len(left.lines), len(right.lines)) == (4, 5)

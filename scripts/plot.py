@@ -15,6 +15,9 @@ from absl import flags
 from flax_resnet import cli, figures, results
 
 OUT = flags.DEFINE_string("out", None, "directory for the figures; made if need be")
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "folder of the reference's published metrics: its test curves are drawn too"
+)
 INDEX = flags.DEFINE_bool("index", False, "write the table of all experiments in RUNS")
 
 
@@ -27,7 +30,8 @@ def main(*runs: str) -> None:
     print("\n".join(results.table(groups, Path.cwd())))
     if OUT.value:
         out = Path(OUT.value)
-        drawn = figures.draw_all(groups, out)
+        reference = results.read_reference(Path(REFERENCE.value)) if REFERENCE.value else None
+        drawn = figures.draw_all(groups, out, reference)
         if list(out.glob("*/summary.json")):
             results.write_readme(out, drawn)
         print(f"written to {out}: {', '.join(drawn) or 'nothing'}", file=sys.stderr)
