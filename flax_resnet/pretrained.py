@@ -6,6 +6,7 @@ tensors' file, without which nothing is loaded.
 """
 
 import base64
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_resnet import torch_files
-from flax_resnet.config import Experiment, ResNetConfig
+from flax_resnet.config import Experiment
 from flax_resnet.data import Normalization
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.resnet import ResNet
@@ -26,6 +27,7 @@ from flax_resnet.workdir import write_json
 
 FORMAT = "flax-resnet weights, version 1"
 ENVIRONMENT = "FLAX_RESNET_WEIGHTS"
+TOLD = ("depth", "shortcut", "channel_pad", "projection", "stem", "conv_bias", "num_classes")
 CHECKOUT = Path(__file__).parent.parent / "results" / "weights"
 
 
@@ -67,9 +69,11 @@ def load_pretrained(
         channel_pad=model.channel_pad,
         depth=model.depth,
     )
-    if comparable(imported.config) != comparable(model):
+    found = imported.config
+    if any(getattr(found, name) != getattr(model, name) for name in TOLD):
         raise WeightsError(f"{path} holds another network than its card says")
-    return imported._replace(config=model).model()
+    untold = {name: getattr(model, name) for name in ("projection_init", "dtype", "batch_norm")}
+    return imported._replace(config=dataclasses.replace(found, **untold)).model()
 
 
 def read_card(path: Path) -> Card:
@@ -150,13 +154,6 @@ def write(
         "normalization": encode(normalization),
     }
     write_json(path.with_suffix(".json"), tree)
-
-
-def comparable(config: ResNetConfig) -> dict[str, Any]:
-    """What the tensors themselves tell of a network."""
-    tree = Experiment(model=config).to_dict()["model"]
-    untold = ("projection_init", "dtype", "batch_norm")
-    return {name: value for name, value in tree.items() if name not in untold}
 
 
 def encode(constants: Normalization) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(home: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), "plain-vs-residual"]
+    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), "reference"]
     settings = ["--networks=A-8", "--out=results/tiny", f"--steps={STEPS}"]
     sizes = ["--config.train.batch_size=16", "--config.train.eval_batch_size=360"]
     cache = {  # what one process compiles the next one reads
@@ -58,6 +58,10 @@ def finish(home: Path, *flags: str) -> Outcome:
     process = start(home, *flags)
     _, errors = process.communicate(timeout=300)
     return Outcome(process.returncode, errors)
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
 def log(home: Path, job: str) -> str:
@@ -115,17 +119,20 @@ def test_a_failure_is_named_and_keeps_no_other_from_running(home: Path, rerun: O
 
 def test_the_small_files_are_kept_and_the_table_is_theirs(home: Path, rerun: Outcome) -> None:
     readme = (home / "results/tiny/README.md").read_text()
-    errors = []
+    errors, errors_as_reference = [], []
     for job in ("A-8-s0", "A-8-s1"):
         kept, workdir = home / "results/tiny" / job, home / "runs/tiny" / job
         names = {"config.json", "metrics.jsonl", "layer_responses.json", "summary.json"}
+        names.add("batch_statistics.json")
         assert {path.name for path in kept.iterdir()} == names
         for name in names:
             assert (kept / name).read_bytes() == (workdir / name).read_bytes()
         summary = json.loads((kept / "summary.json").read_text())
         assert (summary["train_examples"], summary["test_examples"]) == (1437, 360)
         errors.append(100 * summary["test_error"])
-    assert f"| **{np.mean(errors):.2f} ± {np.std(errors, ddof=1):.2f}** |" in readme
+        as_reference = json.loads((kept / "batch_statistics.json").read_text())
+        errors_as_reference.append(100 * as_reference["test_error"])
+    assert f"| **{spread(errors)}** | {spread(errors_as_reference)} |" in readme
     assert "(layer_responses.png)" in readme
     png = (home / "results/tiny/layer_responses.png").read_bytes()
     assert png.startswith(b"\x89PNG")

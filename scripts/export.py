@@ -92,7 +92,7 @@ def check(path: Path, model: ResNetConfig) -> dict[str, Any]:
         config = dataclasses.replace(model, dtype=dtype)
         same = {k: x.astype(dtype.value) if x.dtype.kind == "f" else x for k, x in arrays.items()}
         imported = from_state_dict(same, shortcut=model.shortcut, channel_pad=model.channel_pad)
-        network = imported._replace(config=config).model()
+        network = imported.model()
         ours = jax.jit(lambda x, network=network: network(x))(jnp.array(image, dtype.value))
         twin = Twin(config).eval()
         twin.load_state_dict(torch_files.tensors(same))
