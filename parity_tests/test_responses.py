@@ -1,7 +1,8 @@
 """Claim: the layers' responses are PyTorch's, in float64 to 1e-13 of each: the standard deviation
 of what every 3x3 layer gives, after BatchNorm and before ReLU and addition.
 
-Measured: 2e-15. PyTorch's come from hooks on the twin, over all images at once; ours from batches.
+Measured: at most 1.5e-14. PyTorch's come from hooks on the twin, over all images at once; ours from
+batches.
 """
 
 import numpy as np
