@@ -131,7 +131,7 @@ class Checkpoints:
             )
         if jax.tree.structure(state) != jax.tree.structure(like):
             state = stack(state)
-        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
+        return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), state, like)
 
 
 def load_state(workdir: Path, like: TrainState, step: int | None = None) -> TrainState:

@@ -131,6 +131,10 @@ class ResNetConfig:
         settings: dict[str, Any] = {"channel_pad": ChannelPad.CENTRE}
         return cls(depth=depth, shortcut=shortcut, **(settings | overrides))
 
+    def block_by_block(self) -> "ResNetConfig":
+        """The same network, with every block a module of its own that stores what it computes."""
+        return dataclasses.replace(self, scan_blocks=False, remat=False)
+
     @property
     def blocks_per_stage(self) -> int:
         """n of depth = 6n + 2."""

@@ -50,7 +50,7 @@ def compiler_options() -> CompilerOptions:
     jax 0.10 gives float32 convolutions to a library that runs on one thread; kept for reductions
     only, it leaves them to the faster one. jax 0.12 needs it no more, float64 never did.
     """
-    is_needed = jax.__version_info__ < (0, 11) and not jax.config.jax_enable_x64
+    is_needed = jax.__version_info__ < (0, 11) and not jax.config.read("jax_enable_x64")
     if not applies("compiler_options") or not is_needed:
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}

@@ -21,10 +21,6 @@ from flax_resnet.train import Tree, init
 
 RESPONSES = "layer_responses.json"
 BATCH_STATISTICS = "batch_statistics.json"
-NETWORK = (
-    *("depth", "shortcut", "channel_pad", "projection", "projection_init", "stem", "conv_bias"),
-    *("num_classes", "dtype", "batch_norm"),
-)
 NUM_IMAGES = 2000  # for the responses: their deviation hardly varies from image to image
 BATCH_SIZE = 500
 
@@ -43,7 +39,7 @@ def measure(directory: Path, *, batch_statistics: bool = False) -> None:
     if all((directory / name).exists() for name in wanted):
         return
     config = workdir.read_config(directory)
-    config.model = block_by_block(config.model)
+    config.model = config.model.block_by_block()
     like = jax.eval_shape(lambda: init(config)[1])
     state = load_state(directory, like, config.train.steps)
     params, batch_stats = jax.device_get((state.params, state.batch_stats))
@@ -54,7 +50,8 @@ def measure(directory: Path, *, batch_statistics: bool = False) -> None:
     if batch_statistics:
         mesh = sharding.data_mesh()
         evaluate = make_evaluate_as_reference(config.model, constants, mesh)
-        result = evaluate(*sharding.replicate(mesh, (params, batch_stats, splits["test"])))
+        arrays = sharding.replicate(mesh, (params, batch_stats, splits["test"]))
+        result = evaluate(*arrays).mean()
         tree = {"test_error": result["error"], "test_loss": result["loss"]}
         workdir.write_json(directory / BATCH_STATISTICS, tree)
 
@@ -110,11 +107,6 @@ def layer_outputs(model: ResNet, x: Float[Array, "b h w 3"]) -> list[Float[Array
             found += [y, block.bn2(block.conv2(nnx.relu(y)))]
             x = block(x)
     return found
-
-
-def block_by_block(model: ResNetConfig) -> ResNetConfig:
-    """The same network, without what says only how it was compiled."""
-    return ResNetConfig(**{name: getattr(model, name) for name in NETWORK})
 
 
 def layer_names(config: ResNetConfig) -> list[str]:

@@ -99,6 +99,7 @@ def main() -> None:
 
 
 def random_weights(config: Experiment) -> Weights:
+    config.model = config.model.block_by_block()
     _, state = init(config)
     return Weights(config.model, state.params, state.batch_stats)
 
@@ -109,6 +110,7 @@ def load(source: str) -> Weights:
     if path.is_dir():
         directory, step = workdir.locate(path)
         config = workdir.read_config(directory)
+        config.model = config.model.block_by_block()
         state = load_state(directory, init(config)[1], step)
         return Weights(config.model, state.params, state.batch_stats)
     imported = from_state_dict(
