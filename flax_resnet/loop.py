@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -44,7 +44,6 @@ class Done(NamedTuple):
     step: int
     size: int  # steps since the last report
     metrics: Metrics  # since the last line of the log
-    evaluated: dict[str, Metrics]  # by split
     state: TrainState | None  # a copy, to be saved
 
 
@@ -86,8 +85,8 @@ def train(
 ) -> tuple[TrainState, list[Row]]:
     """Runs the steps that are left; returns the last state and all rows of the log.
 
-    The host is one call behind the devices: while they run the next steps it logs, evaluates and
-    saves what the last ones left, so that they never wait for it.
+    The host is one call behind the devices: while they run the next steps it logs and saves what
+    the last ones left, so that they never wait for it. Only an evaluation holds the next steps up.
     """
     settings = config.train
     constants = data.make_normalization(config.data.preprocess, splits["train"].image)
@@ -106,7 +105,7 @@ def train(
         if step:
             log.info("%s: going on from step %d", workdir, step)
         with MetricsLog(workdir, step) as metrics_log, progress_bar(config, step) as bar:
-            report = Reporter(config, metrics_log, bar, checkpoints)
+            report = Reporter(config, splits, metrics_log, bar, checkpoints)
             previous: Done | None = None
             stopping = False
             while step < settings.steps and not stopping:
@@ -115,18 +114,17 @@ def train(
                 drawn = sharding.split_batch(mesh, drawn, config.parallel, axis=1)
                 state, metrics = train_call(state, examples["train"], drawn)
                 step += size
-                evaluated = {}
-                if is_due(step, settings.evaluate_every, settings):
-                    evaluated = {
-                        split: evaluate(state.params, state.batch_stats, examples[split])
-                        for split in ("test", "validation")  # validation, if any, decides the best
-                        if split in splits
-                    }
                 stopping = bool(stop)
                 is_saved = stopping or is_due(step, settings.checkpoint_every, settings)
                 if previous is not None:
                     report(previous)
-                previous = Done(step, size, metrics, evaluated, copy(state) if is_saved else None)
+                previous = Done(step, size, metrics, copy(state) if is_saved else None)
+                if is_due(step, settings.evaluate_every, settings):
+                    arrays = state.params, state.batch_stats
+                    report(
+                        previous, lambda split, arrays=arrays: evaluate(*arrays, examples[split])
+                    )
+                    previous = None
             if previous is not None:
                 report(previous)
             if step < settings.steps:
@@ -178,34 +176,48 @@ def is_due(step: int, period: int, settings: TrainConfig) -> bool:
 
 
 class Reporter:
-    """Waits for the devices, then logs and saves what they have done."""
+    """Waits for the devices, then logs, evaluates and saves what they have done."""
 
     def __init__(
-        self, config: Experiment, metrics_log: MetricsLog, bar: tqdm, checkpoints: Checkpoints
+        self,
+        config: Experiment,
+        splits: Collection[str],
+        metrics_log: MetricsLog,
+        bar: tqdm,
+        checkpoints: Checkpoints,
     ):
         self.settings = config.train
         self.learning_rate = make_schedule(config.optim)
+        # The validation split, if any, comes last, and so decides which checkpoint is the best.
+        self.splits = [split for split in ("test", "validation") if split in splits]
         self.metrics_log = metrics_log
         self.bar = bar
         self.checkpoints = checkpoints
         self.clock = Clock(metrics_log.rows)
 
-    def __call__(self, done: Done) -> None:
-        """Raises TrainingError if the loss is not finite; then nothing is saved."""
+    def __call__(self, done: Done, evaluate: Callable[[str], Metrics] | None = None) -> None:
+        """Reports one call.
+
+        Args:
+            evaluate: gives a split's metrics, if it is time for them.
+
+        Raises:
+            TrainingError: the loss is not finite; nothing is saved.
+        """
         jax.block_until_ready(done.metrics)
         self.clock.tick(done.size * self.settings.batch_size)
         self.bar.update(done.size)
         if is_due(done.step, self.settings.log_every, self.settings):
             self.log_training(done)
         error = None
-        for split, metrics in done.evaluated.items():
-            row = metrics.mean()
-            error = row["error"]
-            self.metrics_log.append({"step": done.step, "split": split} | row)
+        if evaluate is not None:
+            for split in self.splits:
+                row = evaluate(split).mean()
+                error = row["error"]
+                self.metrics_log.append({"step": done.step, "split": split} | row)
+            self.clock.restart_lap()
         if done.state is not None:
             self.checkpoints.save(done.state, error)
-        if done.evaluated or done.state is not None:
-            self.clock.restart_lap()
 
     def log_training(self, done: Done) -> None:
         row = done.metrics.mean()
