@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -58,6 +59,20 @@ def checked(config: Experiment) -> Experiment:
     return config
 
 
+def keep_compiled_programs() -> None:
+    """JAX's compilation cache in a directory of the user's own, unless JAX was told of another.
+
+    It is `flax-resnet/jax` under XDG_CACHE_HOME, by default ~/.cache; JAX_COMPILATION_CACHE_DIR
+    names another, JAX_ENABLE_COMPILATION_CACHE=false switches it off.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "flax-resnet" / "jax"))
+    # Making the initial weights is hundreds of small programs, together seconds of compiling.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def run(main: Callable[..., None], *names: str) -> None:
     """Parses flags and calls `main`. A user's mistake becomes one line and exit code 2.
 
@@ -65,6 +80,7 @@ def run(main: Callable[..., None], *names: str) -> None:
         names: of the arguments that `main` takes from the command line, such as "SRC"; if the last
             ends in "...", one or more of it.
     """
+    keep_compiled_programs()
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and TFDS speak to their own developers
     # After a damaged checkpoint Orbax leaves tasks behind, which asyncio reports at length.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
