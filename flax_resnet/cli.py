@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from flax_resnet.config import DType, Experiment
+from flax_resnet.cpu import keep_memory
 from flax_resnet.errors import ConfigError, UserError
 
 USER_ERROR = 2  # exit code
@@ -80,6 +81,7 @@ def run(main: Callable[..., None], *names: str) -> None:
         names: of the arguments that `main` takes from the command line, such as "SRC"; if the last
             ends in "...", one or more of it.
     """
+    keep_memory()
     keep_compiled_programs()
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and TFDS speak to their own developers
     # After a damaged checkpoint Orbax leaves tasks behind, which asyncio reports at length.

@@ -62,8 +62,10 @@ def keep_memory() -> None:
 
     XLA takes the memory of every step from it anew. By default that much goes back to the kernel
     at once, which hands it out again zeroed, page by page: 75,000 page faults a step of ResNet-20.
+    To be called before JAX is first used, whose threads otherwise have arenas of their own, which
+    cannot grow so large. Without a use, and without harm, where the network is not on the CPU.
     """
-    if not applies("keep_memory"):
+    if "keep_memory" in left_out:
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -26,6 +26,7 @@ from flax_resnet import data, sharding
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.cifar10 import Examples
 from flax_resnet.config import Experiment, Shortcut, TrainConfig
+from flax_resnet.cpu import keep_memory
 from flax_resnet.data import Draw, Normalization
 from flax_resnet.errors import TrainingError
 from flax_resnet.evaluation import make_evaluate
@@ -61,6 +62,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
         SystemExit: after SIGTERM or SIGINT, with code 128 + signal, once the state is saved.
     """
     config.validate()
+    keep_memory()
     mesh = sharding.data_mesh()
     sharding.check_batch_size(mesh, "train.batch_size", config.train.batch_size)
     with claimed(workdir, config):

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_resnet.config import Parallel, require
-from flax_resnet.cpu import compiler_options, keep_memory
+from flax_resnet.cpu import compiler_options
 from flax_resnet.train import AXIS
 
 
@@ -49,7 +49,6 @@ def compile_step(
 
     The state is donated: its memory is used for the results.
     """
-    keep_memory()
     if parallel is Parallel.PMAP:
         return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,))
     return jax.jit(

@@ -83,6 +83,7 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
 
     jax.config.update("jax_enable_x64", job.config.model.dtype is DType.FLOAT64)
     cpu.left_out.update(job.left_out)
+    cpu.keep_memory()
     config = job.config
     examples = random_examples()
     constants = data.make_normalization(config.data.preprocess, examples.image)
