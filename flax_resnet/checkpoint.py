@@ -1,5 +1,6 @@
 """Orbax checkpoints of a TrainState, each with a digest, so that no damaged one is ever used."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,7 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from flax_resnet import processes
 from flax_resnet.errors import CheckpointError, TrainingError
+from flax_resnet.sharding import put
 from flax_resnet.stacking import stack, unstack
 from flax_resnet.train import TrainState
 
@@ -22,7 +25,8 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one directory: the two newest and the best are kept.
 
-    Use as a context manager; leaving it waits for the save under way.
+    Use as a context manager; leaving it waits for the save under way. Of several processes only
+    the first reads and writes; all are to make the same calls.
 
     Args:
         directory: made if need be, unless `read_only`.
@@ -45,9 +49,15 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["error"],
             best_mode="min",
             cleanup_tmp_directories=not read_only,
-            create=not read_only,
+            create=False,
             read_only=read_only,
+            # Alone, so that the others need not see its disk.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
         )
+        if not processes.is_first():
+            return
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
         self.manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=("state", "meta")
         )
@@ -56,27 +66,33 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.manager.close()
+        if processes.is_first():
+            with unsaved("the last checkpoint"):
+                self.manager.close()
 
     def save(self, state: TrainState, error: float | None) -> None:
         """Starts saving `state`; `error` (None: not measured) decides which one is the best.
 
         Raises:
             TrainingError: a number in it is not finite; nothing is saved.
+            CheckpointError: this one or the one before it cannot be written.
         """
         state = unstack(jax.device_get(state))
         step = int(state.step)
         for name, array in named_leaves(state):
             if not np.isfinite(array).all():
                 raise TrainingError(f"not finite at step {step}: {name}; nothing saved")
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                meta=ocp.args.JsonSave({"digest": digest(state)}),
-            ),
-            metrics=None if error is None else {"error": error},
-        )
+        if not processes.is_first():
+            return
+        with unsaved(f"the checkpoint of step {step}, or the one before it,"):
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    meta=ocp.args.JsonSave({"digest": digest(state)}),
+                ),
+                metrics=None if error is None else {"error": error},
+            )
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
         """The newest good checkpoint, or the one of `step`; None if there is none at all.
@@ -88,6 +104,21 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, but none that is whole.
         """
+        if jax.process_count() == 1:
+            return self._restore(like, step)
+        host, restored = jax.device_get(like), None
+
+        def read() -> bool:
+            nonlocal restored
+            restored = self._restore(host, step)
+            return restored is not None
+
+        if not processes.on_first(read):
+            return None
+        state = processes.from_first(host if restored is None else restored)
+        return jax.tree.map(lambda x, y: put(x, y.sharding), state, like)
+
+    def _restore(self, like: TrainState, step: int | None) -> TrainState | None:
         steps = sorted(self.manager.all_steps(read=True), reverse=True)
         if step is not None and step not in steps:
             raise CheckpointError(
@@ -112,7 +143,9 @@ class Checkpoints:
         return self.manager.best_step()
 
     def _restore_one(self, like: TrainState, step: int) -> TrainState:
-        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, jax.eval_shape(unstack, like))
+        on_host = not isinstance(like.step, jax.Array)
+        plain = unstack(like) if on_host else jax.eval_shape(unstack, like)
+        abstract = plain if on_host else jax.tree.map(ocp.tree.to_shape_dtype_struct, plain)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
         )
@@ -131,7 +164,20 @@ class Checkpoints:
             )
         if jax.tree.structure(state) != jax.tree.structure(like):
             state = stack(state)
+        if on_host:
+            return jax.device_get(state)
         return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), state, like)
+
+
+@contextlib.contextmanager
+def unsaved(what: str) -> Iterator[None]:
+    """Turns all that Orbax raises when it cannot write into one CheckpointError."""
+    try:
+        yield
+    # Orbax, TensorStore and the disk raise anything, a bare Exception too.
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise CheckpointError(f"{what} could not be saved: {reason}") from e
 
 
 def load_state(workdir: Path, like: TrainState, step: int | None = None) -> TrainState:

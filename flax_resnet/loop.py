@@ -1,7 +1,6 @@
 """`fit`: the library's only clock, log and loop."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -31,10 +30,11 @@ from flax_resnet.data import Draw, Normalization
 from flax_resnet.errors import TrainingError
 from flax_resnet.evaluation import make_evaluate
 from flax_resnet.optim import make_schedule
-from flax_resnet.report import MetricsLog, Row, plot_curves
+from flax_resnet.processes import Agreement, is_first, on_first
+from flax_resnet.report import MetricsLog, Row, SilentLog, plot_curves
 from flax_resnet.resnet import param_dtype
 from flax_resnet.train import Metrics, Program, TrainState, init, train_step
-from flax_resnet.workdir import claimed, write_json
+from flax_resnet.workdir import claimed, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +67,22 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
     sharding.check_batch_size(mesh, "train.batch_size", config.train.batch_size)
     with claimed(workdir, config):
         finished = workdir / "summary.json"
-        if finished.exists():
-            summary = json.loads(finished.read_text())
+        summary = on_first(lambda: read_json(finished) if finished.exists() else None)
+        if summary is not None:
             log.info("%s: finished at step %d, nothing to do", workdir, summary["steps"])
         else:
             splits = data.load(config.data)
             state, rows = train(config, workdir, mesh, splits)
-            summary = summarize(config, state, rows)
-            summary |= {f"{name}_examples": len(split.label) for name, split in splits.items()}
-            summary["cpu_cores"] = os.cpu_count()
-            plot_curves(rows, workdir / "curves.png", title(config))
-            write_json(finished, summary)
+
+            def report() -> dict[str, Any]:
+                summary = summarize(config, state, rows)
+                summary |= {f"{name}_examples": len(split.label) for name, split in splits.items()}
+                summary["cpu_cores"] = os.cpu_count()
+                plot_curves(rows, workdir / "curves.png", title(config))
+                write_json(finished, summary)
+                return summary
+
+            summary = on_first(report)
         log.info("test error %.2f %%, curves in %s", 100 * summary["test_error"], workdir)
         return summary
 
@@ -101,23 +106,26 @@ def train(
         1 if jax.default_backend() == "cpu" else settings.log_every
     )
 
-    with stop_signal() as stop, Checkpoints(workdir / "checkpoints") as checkpoints:
+    agreed = Agreement(mesh, delay=1)  # a call, by which the host is behind the devices
+
+    with stop_signal() as received, Checkpoints(workdir / "checkpoints") as checkpoints:
         state = checkpoints.restore(state) or state
         step = int(state.step)
         if step:
             log.info("%s: going on from step %d", workdir, step)
-        with MetricsLog(workdir, step) as metrics_log, progress_bar(config, step) as bar:
+        log_class = MetricsLog if is_first() else SilentLog
+        with log_class(workdir, step) as metrics_log, progress_bar(config, step) as bar:
             report = Reporter(config, splits, metrics_log, bar, checkpoints)
             previous: Done | None = None
-            stopping = False
-            while step < settings.steps and not stopping:
+            stop = 0
+            while step < settings.steps and not stop:
                 size = min(steps_per_call, steps_to_next_report(step, settings))
                 drawn = draw_steps(config, step, size, len(splits["train"].label))
                 drawn = sharding.split_batch(mesh, drawn, config.parallel, axis=1)
                 state, metrics = train_call(state, examples["train"], drawn)
                 step += size
-                stopping = bool(stop)
-                is_saved = stopping or is_due(step, settings.checkpoint_every, settings)
+                stop = agreed(received[0] if received else 0)
+                is_saved = bool(stop) or is_due(step, settings.checkpoint_every, settings)
                 if previous is not None:
                     report(previous)
                 previous = Done(step, size, metrics, copy(state) if is_saved else None)
@@ -130,8 +138,8 @@ def train(
             if previous is not None:
                 report(previous)
             if step < settings.steps:
-                log.info("stopped by signal %d at step %d, which is saved", stop[0], step)
-                sys.exit(128 + stop[0])
+                log.info("stopped by signal %d at step %d, which is saved", stop, step)
+                sys.exit(128 + stop)
         return state, metrics_log.rows
 
 
@@ -240,6 +248,7 @@ def progress_bar(config: Experiment, step: int) -> tqdm:
         initial=step,
         desc=title(config),
         unit="step",
+        disable=not is_first(),
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs fewer lines
     )

@@ -5,6 +5,7 @@ they are imported where they are used.
 """
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,30 +22,78 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, step: int):
-        from tensorboardX import SummaryWriter
-
         path = workdir / "metrics.jsonl"
         self.rows = [row for row in read_metrics(path) if row["step"] <= step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         temporary.replace(path)
         self.file = path.open("a", buffering=1)  # line by line, so that a kill loses none
-        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self.events = EventsFile(workdir / "tensorboard", step + 1)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.file.close()
-        self.tensorboard.close()
+        self.events.close()
 
     def append(self, row: Row) -> None:
         """Writes one row. It has step and split; its other numbers become TensorBoard scalars."""
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name not in ("step", "split"):
-                self.tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        numbers = {name: value for name, value in row.items() if name not in ("step", "split")}
+        self.events.append(row["step"], {f"{row['split']}/{k}": v for k, v in numbers.items()})
+
+
+class SilentLog(MetricsLog):
+    """What the processes that are not the first have in its place: it writes nothing."""
+
+    def __init__(self, workdir: Path, step: int):
+        self.rows = []
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def append(self, row: Row) -> None:
+        pass
+
+
+class EventsFile:
+    """A file of TensorBoard events, written at once.
+
+    tensorboardX's own SummaryWriter leaves it to a thread: where the disk is full the thread dies,
+    and soon its caller waits for it for ever.
+
+    Args:
+        directory: made if need be.
+        purge_step: what earlier files tell of this step and later ones is void.
+    """
+
+    def __init__(self, directory: Path, purge_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        directory.mkdir(exist_ok=True)
+        self.writer = EventsWriter(str(directory / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self.writer.write_event(
+            event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=start)
+        )
+        self.writer.flush()
+
+    def append(self, step: int, scalars: dict[str, float]) -> None:
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        for tag, value in scalars.items():
+            summary = scalar(tag, value)
+            self.writer.write_event(
+                event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+            )
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 def read_metrics(path: Path) -> Iterator[Row]:

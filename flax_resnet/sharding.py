@@ -10,16 +10,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from flax_resnet import processes
 from flax_resnet.config import Parallel, require
 from flax_resnet.cpu import compiler_options
+from flax_resnet.errors import ConfigError
 from flax_resnet.train import AXIS
 
 
 def data_mesh() -> Mesh:
-    """All devices in a row."""
+    """All devices in a row, those of other processes too.
+
+    Raises ConfigError unless every process has the same number.
+    """
+    processes.check_equal_shares()
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -35,7 +41,10 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def split_batch(mesh: Mesh, tree: Any, parallel: Parallel = Parallel.JIT, axis: int = 0) -> Any:
-    """Host arrays dealt out over the devices by one axis, as `compile_step` wants them."""
+    """Host arrays dealt out over the devices by one axis, as `compile_step` wants them.
+
+    Every process gives the whole of them, and puts its own devices' share there.
+    """
     if parallel is Parallel.PMAP:  # whose first axis is the device
         parts = jax.tree.map(lambda x: np.stack(np.split(x, mesh.size, axis)), tree)
         return _put(parts, NamedSharding(mesh, P(AXIS)))
@@ -47,9 +56,15 @@ def compile_step(
 ) -> Callable[..., Any]:
     """`step(state, constants, batch)` compiled for the mesh; its results are on every device.
 
-    The state is donated: its memory is used for the results.
+    The state is donated: its memory is used for the results. Raises ConfigError for `pmap` in
+    several processes: its results would be those of one process's devices.
     """
     if parallel is Parallel.PMAP:
+        if jax.process_count() > 1:
+            raise ConfigError(
+                "parallel must be jit when several processes train together, got pmap; "
+                "--config.model.batch_norm=replica gives the same statistics"
+            )
         return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,))
     return jax.jit(
         step,
@@ -59,6 +74,16 @@ def compile_step(
     )
 
 
+def put(x: Any, sharding: Sharding) -> jax.Array:
+    """A host array, or one on this process's devices, dealt out as `sharding` says."""
+    if sharding.is_fully_addressable:
+        # On the CPU a device array can share the host array's memory, which others write to.
+        return jax.device_put(x, sharding, may_alias=False)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index].copy())
+
+
 def _put(tree: Any, sharding: NamedSharding) -> Any:
-    # On the CPU a device array can share the host array's memory, which others write to.
-    return jax.device_put(tree, sharding, may_alias=False)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding, may_alias=False)  # all at once, which is faster
+    return jax.tree.map(lambda x: put(x, sharding), tree)

@@ -11,27 +11,32 @@ from typing import Any
 
 import filelock
 
+from flax_resnet import processes
 from flax_resnet.config import Experiment
 from flax_resnet.errors import CheckpointError, ConfigError
 
 
 @contextlib.contextmanager
 def claimed(workdir: Path, config: Experiment) -> Iterator[None]:
-    """`workdir`, made if need be, for this process alone and for this config alone.
+    """`workdir`, made if need be, for this run alone and for this config alone.
+
+    Of several processes only the first touches it.
 
     Raises:
         CheckpointError: another process uses it. (A lock left by a killed one is none.)
         ConfigError: it holds a run of another config; the message shows what differs.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    processes.check_same("config", config.to_dict())
     lock = filelock.FileLock(workdir / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout as e:
-        raise CheckpointError(
-            f"{workdir} is in use by another run; wait for it, or choose another --workdir"
-        ) from e
-    with lock:
+
+    def claim() -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout as e:
+            raise CheckpointError(
+                f"{workdir} is in use by another run; wait for it, or choose another --workdir"
+            ) from e
         path = workdir / "config.json"
         if path.exists():
             changes = difference(read_config(workdir).to_dict(), config.to_dict())
@@ -41,7 +46,12 @@ def claimed(workdir: Path, config: Experiment) -> Iterator[None]:
                 )
         else:
             write_json(path, config.to_dict())
+
+    try:
+        processes.on_first(claim)
         yield
+    finally:
+        lock.release()
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -58,13 +68,10 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 def read_config(workdir: Path) -> Experiment:
     """The experiment that `workdir` holds. Raises CheckpointError if it holds none."""
-    path = workdir / "config.json"
     try:
-        return Experiment.from_dict(json.loads(path.read_text()))
+        return Experiment.from_dict(read_json(workdir / "config.json"))
     except FileNotFoundError as e:
         raise CheckpointError(f"{workdir} is no work directory: it has no config.json") from e
-    except json.JSONDecodeError as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from e
 
 
 def locate(checkpoint: Path) -> tuple[Path, int | None]:
@@ -72,6 +79,17 @@ def locate(checkpoint: Path) -> tuple[Path, int | None]:
     if checkpoint.name.isdecimal() and checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent, int(checkpoint.name)
     return checkpoint, None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError unless it is a JSON object."""
+    try:
+        tree = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from e
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} must be a JSON object, got {type(tree).__name__}")
+    return tree
 
 
 def write_json(path: Path, tree: Any) -> None:

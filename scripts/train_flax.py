@@ -2,6 +2,9 @@
 
 Any setting can be overridden: `--config.model.shortcut=B --config.train.steps=200`. Run again, it
 goes on from the newest checkpoint in the work directory.
+
+Several processes train as one: on a TPU VM and under Slurm without being told, elsewhere with
+`--coordinator HOST:PORT --num_processes N --process_id I`; process 0 alone needs the work directory.
 """
 
 from pathlib import Path
@@ -9,14 +12,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from flax_resnet import cli
+from flax_resnet import cli, processes
 from flax_resnet.loop import fit
 
 CONFIG = cli.define_config(default="configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: runs/<config's name>")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where all meet")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes train together")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0")
 
 
 def main() -> None:
+    processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     fit(cli.experiment(CONFIG), Path(WORKDIR.value or f"runs/{name}"))
 

@@ -1,0 +1,186 @@
+"""Claim: two processes of two devices train as one process of four, and stop and resume as one.
+
+Real processes that meet over the loopback, float64, ResNet-8 on the digits. The logged loss is a
+float32 sum, so it is compared to one rounding of float32 (equal to the bit when measured); the
+parameters to 1e-12 of each tensor's largest value, as in test_parallel.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from flax_resnet import processes, sharding, train
+from flax_resnet.checkpoint import load_state
+from flax_resnet.config import Parallel
+from flax_resnet.errors import ConfigError
+from flax_resnet.loop import fit
+from flax_resnet.workdir import read_config
+
+ROOT = Path(__file__).parent.parent
+STEPS = 8
+
+
+def start(workdir: Path, port: int, process_id: int) -> subprocess.Popen[str]:
+    flags = [
+        f"--config={ROOT / 'configs/quickstart.py'}",
+        f"--config.train.steps={STEPS}",
+        "--config.train.batch_size=16",
+        "--config.train.log_every=1",
+        f"--config.train.evaluate_every={STEPS}",
+        f"--config.train.checkpoint_every={STEPS}",
+        "--config.train.eval_batch_size=360",
+        "--config.model.dtype=float64",
+        f"--workdir={workdir}",
+        f"--coordinator=127.0.0.1:{port}",
+        "--num_processes=2",
+        f"--process_id={process_id}",
+    ]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/train_flax.py"), *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"},
+    )
+
+
+def rows(workdir: Path) -> list[dict[str, float]]:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def fit_on(num_devices: int, workdir: Path, like: Path) -> None:
+    """Trains in this process what `like` trains, on the first devices of the eight there are."""
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "data_mesh", lambda: mesh)
+        fit(read_config(like), workdir)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], list[str]]:
+    """A run of two processes of which the second alone is told to stop; exit codes and messages."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    both = [start(workdir, port, i) for i in range(2)]
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and all(p.poll() is None for p in both):
+        if len(rows(workdir)) >= 2:
+            both[1].send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.01)
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    return workdir, [process.returncode for process in both], errors
+
+
+@pytest.fixture(scope="module")
+def one_process(stopped: tuple[Path, list[int], list[str]]) -> Path:
+    workdir = stopped[0].parent / "one"
+    fit_on(4, workdir, like=stopped[0])
+    return workdir
+
+
+def losses(workdir: Path) -> list[float]:
+    return [row["loss"] for row in rows(workdir)]
+
+
+def test_the_two_lose_what_the_one_loses(
+    stopped: tuple[Path, list[int], list[str]], one_process: Path
+) -> None:
+    ours, theirs = losses(stopped[0]), losses(one_process)
+    assert 2 <= len(ours) < STEPS
+    np.testing.assert_allclose(ours, theirs[: len(ours)], rtol=np.finfo(np.float32).eps)
+
+
+def test_a_signal_to_one_stops_both_at_the_same_saved_step(
+    stopped: tuple[Path, list[int], list[str]],
+) -> None:
+    workdir, codes, errors = stopped
+    assert codes == [128 + signal.SIGTERM] * 2, errors
+    step = len(rows(workdir))
+    assert f"stopped by signal {signal.SIGTERM} at step {step}, which is saved" in errors[0]
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+
+
+def test_only_the_first_speaks(stopped: tuple[Path, list[int], list[str]]) -> None:
+    _, _, errors = stopped
+    said = [line for line in errors[1].splitlines() if "[Gloo]" not in line]
+    assert not said
+
+
+def test_one_process_on_one_device_goes_on_from_there(
+    stopped: tuple[Path, list[int], list[str]], one_process: Path
+) -> None:
+    workdir = stopped[0]
+    fit_on(1, workdir, like=workdir)
+    np.testing.assert_allclose(
+        losses(workdir), losses(one_process), rtol=np.finfo(np.float32).eps
+    )
+    like = train.init(read_config(workdir))[1]
+    ours, theirs = load_state(workdir, like), load_state(one_process, like)
+    assert int(ours.step) == STEPS
+    for a, b in zip(jax.tree.leaves(ours[1:4]), jax.tree.leaves(theirs[1:4]), strict=True):
+        assert np.abs(a - b).max() <= 1e-12 * max(np.abs(b).max(), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("h:1", 2, None), "go together; missing: --process_id"),
+        ((None, 2, 0), "go together; missing: --coordinator"),
+        (("h", 2, 0), "--coordinator must be HOST:PORT, got 'h'"),
+        (("h:99999", 2, 0), "--coordinator must be HOST:PORT, got 'h:99999'"),
+        (("h:1", 0, 0), "--num_processes must be at least 1, got 0"),
+        (("h:1", 2, 2), r"--process_id must be 0 to 1 \(--num_processes less 1\), got 2"),
+    ],
+)
+def test_flags_that_make_no_sense(arguments: tuple[str, int, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        processes.start(*arguments)
+
+
+def test_devices_that_differ_in_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [SimpleNamespace(process_index=i) for i in (0, 0, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(ConfigError, match="every process must have as many devices .* got 2, 1"):
+        sharding.data_mesh()
+
+
+def test_pmap_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = sharding.data_mesh()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="parallel must be jit when several processes"):
+        sharding.compile_step(lambda x: x, mesh, Parallel.PMAP)
+
+
+SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),  # a laptop waits for nobody
+        (SLURM, True),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False),  # `srun --pty bash` in a job of two tasks
+        ({"SLURM_NTASKS": "2"}, False),  # the batch script itself
+        ({"TPU_ML_PLATFORM": "JAX"}, True),
+        ({"TPU_ML_PLATFORM": "JAX", "JAX_PLATFORMS": "cpu"}, False),
+    ],
+)
+def test_only_surroundings_of_several_processes_are_joined(
+    environment: dict[str, str], several: bool
+) -> None:
+    assert processes.are_several(environment) == several
