@@ -12,10 +12,12 @@ import contextlib
 import hashlib
 import http.client
 import io
+import json
 import logging
 import os
 import shutil
 import tarfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +63,9 @@ def load(data_dir: str | None = None) -> dict[str, Examples]:
       sharding. A decoded copy is kept in `flax-resnet` under XDG_CACHE_HOME, by default ~/.cache.
 
     Raises:
-      DatasetError: the dataset is damaged, or is not there and cannot be had.
+      DatasetError: the dataset is not there and cannot be had, or is damaged and the archive it
+        was prepared from is not in `data_dir/downloads/manual`. Where that is, the dataset is
+        prepared again, and the damaged one kept beside the archive.
     """
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in data_dir:
@@ -70,8 +74,22 @@ def load(data_dir: str | None = None) -> dict[str, Examples]:
     dataset = root / "cifar10" / VERSION
     if not dataset.exists():
         _prepare(root, dataset)
-    builder, fingerprint = _open(dataset)
+    try:
+        return _load(dataset)
+    except _DamagedError as error:
+        if not _archive(root).exists():
+            raise
+        _prepare(root, dataset, error)
+        return _load(dataset)
 
+
+class _DamagedError(DatasetError):
+    """What was prepared is not whole."""
+
+
+def _load(dataset: Path) -> dict[str, Examples]:
+    """Reads what is prepared, or the decoded copy of it in the cache."""
+    builder, fingerprint = _open(dataset)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax-resnet"
     stem = f"cifar10-{_sha256(os.fspath(dataset.resolve()))[:16]}"
     entry = cache / f"{stem}-{fingerprint[:16]}.npy"
@@ -123,16 +141,24 @@ def _read_member(archive: Path, name: str) -> bytes:
         return file.read()
 
 
-def _prepare(root: Path, dataset: Path) -> None:
-    """Makes `dataset`, all or nothing, and once however many processes ask for it."""
-    # `manual` is where TFDS, too, looks for what was downloaded by hand.
-    archive = root / "downloads" / "manual" / Path(ARCHIVE_URL).name
+def _archive(root: Path) -> Path:
+    """`manual` is where TFDS, too, looks for what was downloaded by hand."""
+    return root / "downloads" / "manual" / Path(ARCHIVE_URL).name
+
+
+def _prepare(root: Path, dataset: Path, damage: _DamagedError | None = None) -> None:
+    """Makes `dataset`, all or nothing, and once however many processes ask for it.
+
+    Args:
+      damage: what is wrong with the one that is there, which is then moved aside.
+    """
+    archive = _archive(root)
     # A fixed name: the next attempt clears away what a killed one has left.
     incomplete = root / "downloads" / "cifar10.incomplete"
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(root / "downloads" / "cifar10.lock"):
-            if dataset.exists():
+            if dataset.exists() and (damage is None or _is_whole(dataset)):
                 return
             _fetch(archive)
             shutil.rmtree(incomplete, ignore_errors=True)
@@ -144,6 +170,10 @@ def _prepare(root: Path, dataset: Path) -> None:
             made = Path(builder.data_dir)
             _decode(_open(made)[0])  # Published only once every record has been read back.
             dataset.parent.mkdir(exist_ok=True)
+            if dataset.exists():
+                aside = root / "downloads" / f"cifar10.damaged.{time.time_ns()}"
+                dataset.rename(aside)
+                _log.warning("%s; prepared again, the damaged one is %s", damage, aside)
             made.rename(dataset)
             shutil.rmtree(incomplete)
     except DatasetError:
@@ -199,11 +229,29 @@ def _open(dataset: Path) -> tuple[tfds.core.DatasetBuilder, str]:
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
         info = (dataset / "dataset_info.json").read_text()
     except Exception as error:  # TFDS does not say what it raises on damaged files.
-        raise DatasetError(
+        # One in another format is none of ours to replace.
+        kind = DatasetError if _is_of_another_format(dataset) else _DamagedError
+        raise kind(
             f"cannot read {dataset} as array_record, which needs no TensorFlow ({_reason(error)}):"
             " delete it to have it prepared anew, or give another data directory"
         ) from error
     return builder, _sha256(repr((_CACHE_FORMAT, info, stats)))
+
+
+def _is_of_another_format(dataset: Path) -> bool:
+    try:
+        info = json.loads((dataset / "dataset_info.json").read_text())
+        return info.get("fileFormat", "array_record") != "array_record"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _is_whole(dataset: Path) -> bool:
+    try:
+        _decode(_open(dataset)[0])
+    except _DamagedError:
+        return False
+    return True
 
 
 def _decode(builder: tfds.core.DatasetBuilder) -> dict[str, Examples]:
@@ -230,7 +278,7 @@ def _decode_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
                 label[len(ids)] = example["label"]
                 ids.append(example["id"])
         except Exception as error:  # Neither array_record nor TFDS says what it raises.
-            raise DatasetError(
+            raise _DamagedError(
                 f"{path} is damaged ({_reason(error)}): delete {builder.data_dir} to have it"
                 " prepared anew"
             ) from error

@@ -338,8 +338,24 @@ def lose_record(shard: Path) -> None:
     path.write_text(json.dumps(info))
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, shorten, flip_middle, lose_record])
-def test_damaged_shard_is_named(root, prepared, damage):
+DAMAGES = [Path.unlink, shorten, flip_middle, lose_record]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_dataset_is_prepared_again_from_the_archive(root, prepared, damage, caplog):
+    shard = dataset_path(root) / "cifar10-train.array_record-00000-of-00001"
+    damage(shard)
+    left = {path.name: path.read_bytes() for path in dataset_path(root).iterdir()}
+    assert_same(cifar10.load(str(root)), prepared)
+    (aside,) = (root / "downloads").glob("cifar10.damaged.*")
+    assert f"prepared again, the damaged one is {aside}" in caplog.text
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == left
+    assert_same(cifar10.load(str(root)), prepared)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_shard_is_named_where_there_is_no_archive(root, prepared, damage):
+    archive_path(root).unlink()
     shard = dataset_path(root) / "cifar10-train.array_record-00000-of-00001"
     damage(shard)
     with pytest.raises(DatasetError) as refusal:
@@ -350,7 +366,8 @@ def test_damaged_shard_is_named(root, prepared, damage):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, shorten])
-def test_damaged_description_is_refused(root, prepared, damage):
+def test_damaged_description_is_refused_where_there_is_no_archive(root, prepared, damage):
+    archive_path(root).unlink()
     damage(dataset_path(root) / "dataset_info.json")
     with pytest.raises(DatasetError, match=f"cannot read {dataset_path(root)} .* delete it"):
         cifar10.load(str(root))
