@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,9 +46,14 @@ class Checkpoints:
                 keep_checkpoints_without_metrics=False,
             ),
         ]
+        if processes.is_first():
+            refuse_links(self.directory)
+        # Orbax reads all errors at once, and one damaged file would keep every checkpoint from us.
+        self.knows_best = not (processes.is_first() and forget_damaged(self.directory, read_only))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             best_fn=lambda metrics: metrics["error"],
+            lightweight_initialize=not self.knows_best,
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             create=False,
@@ -58,9 +65,16 @@ class Checkpoints:
             return
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
-        self.manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=("state", "meta")
-        )
+        try:
+            self.manager = ocp.CheckpointManager(
+                self.directory, options=options, item_names=("state", "meta")
+            )
+        # As in _restore_one.
+        except Exception as e:
+            raise CheckpointError(
+                f"{self.directory} cannot be read: {one_line(e)}; restore a copy, or remove what "
+                "is damaged"
+            ) from e
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -119,12 +133,13 @@ class Checkpoints:
         return jax.tree.map(lambda x, y: put(x, y.sharding), state, like)
 
     def _restore(self, like: TrainState, step: int | None) -> TrainState | None:
-        steps = sorted(self.manager.all_steps(read=True), reverse=True)
+        steps = sorted(self.manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
             raise CheckpointError(
                 f"{self.directory} has no checkpoint of step {step}, only {steps}"
             )
-        for candidate in steps if step is None else [step]:
+        steps = steps if step is None else [step]
+        for candidate in steps:
             try:
                 state = self._restore_one(like, candidate)
             except CheckpointError as e:
@@ -139,8 +154,8 @@ class Checkpoints:
         return None
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the lowest error."""
-        return self.manager.best_step()
+        """Step of the checkpoint with the lowest error; None if one of the errors is damaged."""
+        return self.manager.best_step() if self.knows_best else None
 
     def _restore_one(self, like: TrainState, step: int) -> TrainState:
         on_host = not isinstance(like.step, jax.Array)
@@ -153,12 +168,11 @@ class Checkpoints:
             restored = self.manager.restore(step, args=args)
         # Orbax and TensorStore raise bare Exceptions for damaged files, so nothing narrower serves.
         except Exception as e:
-            reason = " ".join(str(e).split())[:200]
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} cannot be read: {reason}"
+                f"checkpoint {self.directory / str(step)} cannot be read: {one_line(e)}"
             ) from e
         state, meta = restored["state"], restored["meta"]
-        if digest(state) != meta.get("digest"):
+        if not isinstance(meta, dict) or digest(state) != meta.get("digest"):
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} is damaged: its digest differs"
             )
@@ -176,8 +190,40 @@ def unsaved(what: str) -> Iterator[None]:
         yield
     # Orbax, TensorStore and the disk raise anything, a bare Exception too.
     except Exception as e:
-        reason = " ".join(str(e).split())[:200]
-        raise CheckpointError(f"{what} could not be saved: {reason}") from e
+        full = any(word in str(e) for word in ("No space left", "RESOURCE_EXHAUSTED"))
+        cause = "the disk is full; make room and start again: " if full else ""
+        raise CheckpointError(f"{what} could not be saved: {cause}{one_line(e)}") from e
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def forget_damaged(directory: Path, read_only: bool) -> bool:
+    """Removes the errors of checkpoints that cannot be read; whether any are left.
+
+    The checkpoints stay: an error only decides which one is the best.
+    """
+    left = False
+    for path in directory.glob("*/metrics/metrics"):
+        try:
+            float(json.loads(path.read_bytes())["error"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            log.warning("%s is damaged: the error of that checkpoint is forgotten", path)
+            if read_only:
+                left = True
+            else:
+                shutil.rmtree(path.parent)
+    return left
+
+
+def refuse_links(directory: Path) -> None:
+    """Raises CheckpointError for a symbolic link, by which a checkpoint would reach elsewhere."""
+    for parent, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            if path.is_symlink():
+                raise CheckpointError(f"{path} must be no symbolic link; replace it with a copy")
 
 
 def load_state(workdir: Path, like: TrainState, step: int | None = None) -> TrainState:

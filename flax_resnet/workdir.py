@@ -15,6 +15,8 @@ from flax_resnet import processes
 from flax_resnet.config import Experiment
 from flax_resnet.errors import CheckpointError, ConfigError
 
+MAX_DEPTH, MAX_CLASSES = 10_000, 100_000  # of a work directory that somebody else may have made
+
 
 @contextlib.contextmanager
 def claimed(workdir: Path, config: Experiment) -> Iterator[None]:
@@ -67,11 +69,26 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 
 def read_config(workdir: Path) -> Experiment:
-    """The experiment that `workdir` holds. Raises CheckpointError if it holds none."""
+    """The experiment that `workdir` holds.
+
+    Raises:
+        CheckpointError: it holds none, or one that no work directory of ours would.
+        ConfigError: a setting is unknown or breaks a rule.
+    """
+    path = workdir / "config.json"
     try:
-        return Experiment.from_dict(read_json(workdir / "config.json"))
+        config = Experiment.from_dict(read_json(path))
+        config.validate()
     except FileNotFoundError as e:
         raise CheckpointError(f"{workdir} is no work directory: it has no config.json") from e
+    except (TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path} is no config of ours: {e}") from e
+    # Of its word alone: the network is built, and takes the memory, before its weights are read.
+    for name, largest in {"depth": MAX_DEPTH, "num_classes": MAX_CLASSES}.items():
+        value = getattr(config.model, name)
+        if value > largest:
+            raise CheckpointError(f"{path}: model.{name} must be at most {largest}, got {value}")
+    return config
 
 
 def locate(checkpoint: Path) -> tuple[Path, int | None]:
@@ -85,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises CheckpointError unless it is a JSON object."""
     try:
         tree = json.loads(path.read_bytes())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not JSON: {e}") from e
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} must be a JSON object, got {type(tree).__name__}")

@@ -70,6 +70,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         assert "checkpoints/2" in caplog.text
 
 
+@pytest.mark.parametrize("content", [b"", b'{"errnr": 0.5}', b"[" * 10**6, b"\xff", b"[0.5]"])
+def test_a_damaged_error_costs_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+    save(tmp_path, 0.5, 0.1)
+    (tmp_path / "checkpoints" / "2" / "metrics" / "metrics").write_bytes(content)
+    assert digest(load_state(tmp_path, state_at(0))) == digest(state_at(2))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(state_at(3), None)
+    assert digest(load_state(tmp_path, state_at(0))) == digest(state_at(3))
+
+
 def test_no_good_checkpoint_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
     save(tmp_path, None, None)
     for step in "12":
