@@ -13,6 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from flax_resnet import processes
 from flax_resnet.config import DType, Experiment
 from flax_resnet.cpu import keep_memory
 from flax_resnet.errors import ConfigError, UserError
@@ -83,9 +84,10 @@ def run(main: Callable[..., None], *names: str) -> None:
     """
     keep_memory()
     keep_compiled_programs()
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and TFDS speak to their own developers
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax and TFDS speak to their own developers
     # After a damaged checkpoint Orbax leaves tasks behind, which asyncio reports at length.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = report_unraisable
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("flax_resnet")
@@ -93,6 +95,15 @@ def run(main: Callable[..., None], *names: str) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     app.run(lambda argv: guarded(lambda: call(main, argv, names)), flags_parser=parse_flags)
+
+
+def report_unraisable(unraisable: Any) -> None:
+    """Python's own, but for what TensorStore repeats of a full disk when nobody listens any more.
+
+    It comes from a thread of TensorStore, after Orbax has told the error once.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def call(main: Callable[..., None], argv: list[str], names: tuple[str, ...]) -> None:
@@ -141,9 +152,13 @@ def is_group(type_: Any) -> bool:
 def guarded(function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except (UserError, OSError) as e:
+    except (UserError, OSError, jax.errors.JaxRuntimeError) as e:
         message = " ".join(str(e).split())
+        if isinstance(e, jax.errors.JaxRuntimeError):
+            if not jax.distributed.is_initialized():
+                raise
+            message = f"another process is gone; start all again ({message[:200]})"
         print(f"error: {message}", file=sys.stderr)
         if os.environ.get("FLAX_RESNET_TRACEBACK"):
             raise
-        sys.exit(USER_ERROR)
+        processes.leave(USER_ERROR)

@@ -75,22 +75,20 @@ class EventsFile:
 
         directory.mkdir(exist_ok=True)
         self.writer = EventsWriter(str(directory / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self.writer.write_event(
-            event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=start)
-        )
+        self.proto: Any = event_pb2  # generated code, which type checkers cannot see into
+        start = self.proto.SessionLog(status=self.proto.SessionLog.START)
+        self.write(step=purge_step, session_log=start)
         self.writer.flush()
 
     def append(self, step: int, scalars: dict[str, float]) -> None:
-        from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
         for tag, value in scalars.items():
-            summary = scalar(tag, value)
-            self.writer.write_event(
-                event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
-            )
+            self.write(step=step, summary=scalar(tag, value))
         self.writer.flush()
+
+    def write(self, **content: Any) -> None:
+        self.writer.write_event(self.proto.Event(wall_time=time.time(), **content))
 
     def close(self) -> None:
         self.writer.close()

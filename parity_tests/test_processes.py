@@ -126,9 +126,7 @@ def test_one_process_on_one_device_goes_on_from_there(
 ) -> None:
     workdir = stopped[0]
     fit_on(1, workdir, like=workdir)
-    np.testing.assert_allclose(
-        losses(workdir), losses(one_process), rtol=np.finfo(np.float32).eps
-    )
+    np.testing.assert_allclose(losses(workdir), losses(one_process), rtol=np.finfo(np.float32).eps)
     like = train.init(read_config(workdir))[1]
     ours, theirs = load_state(workdir, like), load_state(one_process, like)
     assert int(ours.step) == STEPS
@@ -155,7 +153,7 @@ def test_flags_that_make_no_sense(arguments: tuple[str, int, int], message: str)
 def test_devices_that_differ_in_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = [SimpleNamespace(process_index=i) for i in (0, 0, 1)]
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    with pytest.raises(ConfigError, match="every process must have as many devices .* got 2, 1"):
+    with pytest.raises(ConfigError, match=r"as many devices .* got 2, 1"):
         sharding.data_mesh()
 
 
