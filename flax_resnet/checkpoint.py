@@ -159,8 +159,13 @@ class Checkpoints:
 
     def _restore_one(self, like: TrainState, step: int) -> TrainState:
         on_host = not isinstance(like.step, jax.Array)
-        plain = unstack(like) if on_host else jax.eval_shape(unstack, like)
-        abstract = plain if on_host else jax.tree.map(ocp.tree.to_shape_dtype_struct, plain)
+        abstract = unstack(like) if on_host else jax.eval_shape(unstack, like)
+        if not on_host:
+            # Without a sharding Orbax reads whatever shape is on the disk, however large.
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.step.sharding),
+                abstract,
+            )
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
         )
