@@ -317,6 +317,7 @@ def layer_responses(groups: Sequence[Group]) -> "Figure":
     for axes, order in ((upper, "layer, from the input on"), (lower, "layer, by size")):
         axes.set_xlabel(order)
         axes.set_ylabel("std of the response")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
     figure.legend(*upper.get_legend_handles_labels(), loc="outside right upper", handlelength=4.2)

@@ -93,7 +93,9 @@ def train(
     """Runs the steps that are left; returns the last state and all rows of the log.
 
     The host is one call behind the devices: while they run the next steps it logs and saves what
-    the last ones left, so that they never wait for it. Only an evaluation holds the next steps up.
+    the last ones left, so that they never wait for it. Only an evaluation holds the next steps up;
+    and where host and device are the same processor, which could only lose by it (the memory of
+    two steps at once), the host is not behind.
     """
     settings = config.train
     constants = data.make_normalization(config.data.preprocess, splits["train"].image)
@@ -102,10 +104,8 @@ def train(
     evaluate = make_evaluate(config.model, program, constants, mesh, settings.eval_batch_size)
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     state, examples = sharding.replicate(mesh, (state, splits))
-    steps_per_call = settings.steps_per_call or (
-        1 if jax.default_backend() == "cpu" else settings.log_every
-    )
-
+    is_cpu = jax.default_backend() == "cpu"
+    steps_per_call = settings.steps_per_call or (1 if is_cpu else settings.log_every)
     agreed = Agreement(mesh, delay=1)  # a call, by which the host is behind the devices
 
     with stop_signal() as received, Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -134,6 +134,9 @@ def train(
                     report(
                         previous, lambda split, arrays=arrays: evaluate(*arrays, examples[split])
                     )
+                    previous = None
+                elif is_cpu:
+                    report(previous)
                     previous = None
             if previous is not None:
                 report(previous)

@@ -106,6 +106,7 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
         evaluations(4)
         return Ready(flax_device(), {}, 4), evaluations, dict
 
+    is_cpu = jax.default_backend() == "cpu"
     call = compile_steps(config, program, constants, mesh)
     compilations: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -122,6 +123,8 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
             began = time.perf_counter()
             state, metrics = call(state, examples, drawn)
             host_seconds.append(time.perf_counter() - began)
+            if is_cpu:  # as `loop.train` does
+                jax.block_until_ready(metrics)
             step += size
         jax.block_until_ready(metrics)
 
