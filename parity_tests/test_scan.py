@@ -1,0 +1,161 @@
+"""Claim: scanning over blocks or over steps, and rematerialising, change nothing but rounding.
+
+In float64, to 1e-12 of each tensor's largest value (0 measured); the gradients that are
+written out for the CPU are JAX's own, to the bit. A checkpoint does not show how its run compiled.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from flax_resnet import data, sharding
+from flax_resnet.activation import add_relu, relu
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import DType, Experiment, ResNetConfig, Shortcut
+from flax_resnet.convolution import NHWC, convolve
+from flax_resnet.loop import compile_steps, draw_steps
+from flax_resnet.resnet import ResNet
+from flax_resnet.stacking import stack, unstack
+from flax_resnet.torch_weights import to_state_dict
+from flax_resnet.train import TrainState, init, split
+
+TOLERANCE = 1e-12
+STEPS = 3
+
+
+def experiment(**settings: bool) -> Experiment:
+    config = Experiment(model=ResNetConfig(20, Shortcut.C, dtype=DType.FLOAT64, **settings))
+    config.train.batch_size = 4
+    config.train.log_every = 2  # so that the metrics restart between two steps of one call
+    return config
+
+
+def run(config: Experiment, sizes: tuple[int, ...]) -> tuple[TrainState, list[float]]:
+    """Calls of so many steps each; the state block by block, and the loss after every call."""
+    examples = data.digits()["train"]
+    constants = data.make_normalization(config.data.preprocess, examples.image)
+    mesh = sharding.data_mesh()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), mesh.axis_names)
+    program, state = init(config)
+    call = compile_steps(config, program, constants, mesh)
+    state, on_device = sharding.replicate(mesh, (state, examples))
+    losses, step = [], 0
+    for size in sizes:
+        drawn = draw_steps(config, step, size, len(examples.label))
+        drawn = sharding.split_batch(mesh, drawn, config.parallel, axis=1)
+        state, metrics = call(state, on_device, drawn)
+        losses.append(metrics.mean()["loss"])
+        step += size
+    return unstack(jax.device_get(state)), losses
+
+
+def distance(ours: TrainState, theirs: TrainState) -> float:
+    def compare(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-3))
+
+    return max(jax.tree.leaves(jax.tree.map(compare, ours[1:4], theirs[1:4])))
+
+
+@pytest.fixture(scope="module")
+def by_the_book() -> tuple[TrainState, list[float]]:
+    return run(experiment(), (1,) * STEPS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"scan_blocks": True}, (1, 1, 1)),
+        ({"scan_blocks": True, "remat": True}, (1, 1, 1)),
+        ({"remat": True}, (1, 1, 1)),
+        ({}, (3,)),
+        ({"scan_blocks": True}, (2, 1)),
+    ],
+    ids=["blocks", "blocks, remat", "remat", "steps", "blocks and steps"],
+)
+def test_training_is_the_same(
+    settings: dict[str, bool], sizes: tuple[int, ...], by_the_book: tuple[TrainState, list[float]]
+) -> None:
+    state, losses = run(experiment(**settings), sizes)
+    assert jax.tree.structure(state) == jax.tree.structure(by_the_book[0])
+    assert state.step == STEPS
+    assert distance(state, by_the_book[0]) <= TOLERANCE
+    np.testing.assert_allclose(losses[-1], by_the_book[1][-1], rtol=1e-6)  # a float32
+
+
+def test_the_metrics_are_those_since_the_last_line_of_the_log(
+    by_the_book: tuple[TrainState, list[float]],
+) -> None:
+    state, _ = by_the_book
+    assert state.metrics.examples == 4  # of step 3 alone: a line was due after step 2
+
+
+def test_a_stacked_tree_is_the_same_tree() -> None:
+    _, params, batch_stats = split(ResNet(ResNetConfig(20), rngs=nnx.Rngs(0)))
+    stacked = stack((params, batch_stats))
+    assert len(stacked[0]["stages"][2]) == 2
+    assert jax.tree.leaves(stacked[0]["stages"][2][1])[0].shape[0] == 2
+    assert jax.tree.structure(stack(stacked)) == jax.tree.structure(stacked)
+    back = unstack(stacked)
+    assert jax.tree.structure(back) == jax.tree.structure((params, batch_stats))
+    jax.tree.map(np.testing.assert_array_equal, back, (params, batch_stats))
+
+
+def test_a_scanned_network_starts_from_the_same_weights() -> None:
+    config = ResNetConfig(14, Shortcut.B)
+    _, *ours = split(ResNet(replace(config, scan_blocks=True), rngs=nnx.Rngs(5)))
+    _, *theirs = split(ResNet(config, rngs=nnx.Rngs(5)))
+    ours, theirs = (to_state_dict(config, *trees) for trees in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array)
+
+
+@pytest.mark.parametrize("saved_scanned", [False, True], ids=["block by block", "scanned"])
+def test_a_checkpoint_goes_both_ways(tmp_path: Path, saved_scanned: bool) -> None:
+    _, scanned = init(experiment(scan_blocks=True))
+    _, unrolled = init(experiment())
+    saved, like = (scanned, unrolled) if saved_scanned else (unrolled, scanned)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(saved, None)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(like)
+    assert jax.tree.structure(restored) == jax.tree.structure(like)
+    jax.tree.map(np.testing.assert_array_equal, restored, like)
+
+
+@pytest.mark.parametrize(("size", "stride", "pad"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (1, 1, 0)])
+def test_a_convolutions_gradients_are_jaxs_own(size: int, stride: int, pad: int) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 8, 8, 3)))
+    kernel = jnp.asarray(rng.normal(size=(size, size, 3, 5)))
+    strides, pads = (stride, stride), ((pad, pad), (pad, pad))
+
+    def theirs(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC)
+
+    y, our_vjp = jax.vjp(lambda x, kernel: convolve(x, kernel, strides, pads), x, kernel)
+    z, their_vjp = jax.vjp(theirs, x, kernel)
+    dy = jnp.asarray(rng.normal(size=y.shape))
+    np.testing.assert_array_equal(y, z)
+    for a, b in zip(our_vjp(dy), their_vjp(dy), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_rectifiers_gradient_is_jaxs_own_at_zero_too() -> None:
+    x, y = jnp.array([-1.0, 0.0, 2.0, 1.0]), jnp.array([0.5, 0.0, -2.0, 1.0])
+    dz = jnp.array([1.0, 2.0, 3.0, 4.0])
+    for a, b in zip(
+        (jax.vjp(relu, x)[1](dz)[0], *jax.vjp(add_relu, x, y)[1](dz)),
+        (
+            jax.vjp(jax.nn.relu, x)[1](dz)[0],
+            *jax.vjp(lambda x, y: jax.nn.relu(x + y), x, y)[1](dz),
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
