@@ -336,7 +336,7 @@ def evaluate(batch_size: int) -> tuple[dict[str, float], dict[str, float]]:
     mesh = sharding.data_mesh()
     call = evaluation.make_evaluate(config.model, program, constants, mesh, batch_size)
     arguments = (state.params, state.batch_stats, examples)
-    ours = call(*sharding.replicate(mesh, arguments))
+    ours = call(*sharding.replicate(mesh, arguments)).mean()
     image = data.normalize(jnp.asarray(examples.image), constants, jnp.float32)
     batch = data.Batch(image, jnp.asarray(examples.label))
     return ours, train.eval_step(program, state.params, state.batch_stats, batch).mean()
