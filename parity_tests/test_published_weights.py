@@ -180,7 +180,7 @@ def test_evaluating_as_the_reference_did(test_split: Examples) -> None:
     examples = Examples(*(x[: 2 * 128 + 30] for x in test_split))
     mesh = jax.make_mesh((1,), (AXIS,), (AxisType.Auto,), devices=jax.devices()[:1])
     evaluate = make_evaluate_as_reference(imported.config, constants, mesh)
-    ours = evaluate(imported.params, imported.batch_stats, examples)
+    ours = evaluate(imported.params, imported.batch_stats, examples).mean()
 
     twin = twin_of(imported, contents.state_dict)
     label = torch.tensor(examples.label).long()
