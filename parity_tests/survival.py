@@ -748,7 +748,10 @@ def long_run(runs: int, at: Path, steps: int = 2000) -> Iterator[Result]:
         "train.checkpoint_every": steps // 20,
     }
     for i in range(runs):
-        run = Run(at, at / f"long{i}", settings, JAX_LOG_COMPILES="1")
+        # Without the cache of programs, whose hits are no compilations: none would be counted.
+        logs = {"JAX_LOG_COMPILES": "1", "JAX_LOGGING_LEVEL": "WARNING"}
+        logs |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+        run = Run(at, at / f"long{i}", settings, **logs)
         memory: dict[int, float] = {}
         compiled: dict[int, int] = {}
         while run.process.poll() is None:
