@@ -1,8 +1,8 @@
 """Does to training what it must survive: `python scripts/torture.py [--runs N] [--rows a,b]`.
 
 Prints the table row by row, and exits with 0 only if every row holds. Without `--runs` each row is
-done as often as its full run says, 40 minutes in all on one core; with it, N times (the last two
-rows once). The rows are those of parity_tests/survival.py.
+done as often as its full run says, 41 minutes in all on one busy core; with it, N times
+(`devices` and `long_run` once). The rows are those of parity_tests/survival.py.
 """
 
 import datetime
