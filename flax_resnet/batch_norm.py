@@ -4,7 +4,8 @@
 `param_dtype` says, from a one-pass variance that can go negative (google/flax#1491).
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-
-class Normalized(NamedTuple):
-    """Result of `normalize`."""
-
-    y: Float[Array, "r b h w c"]
-    mean: Float[Array, "r 1 1 1 c"]
-    var: Float[Array, "r 1 1 1 c"]
+from flax_resnet.cpu import materialized
 
 
 class BatchNorm(nnx.Module):
@@ -62,23 +57,40 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(num_features, param_dtype))
         self.var = nnx.BatchStat(jnp.ones(num_features, param_dtype))
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        *,
+        add: Float[Array, "b h w c"] | None = None,
+        relu: bool = False,
+    ) -> Float[Array, "b h w c"]:
+        """y, or y + add, and of that what is above 0.
+
+        Args:
+            add: a block's shortcut (paper, figure 2).
+            relu: rectify; the gradient at 0 is 0, as PyTorch's and `jax.nn.relu`'s are.
+        """
         shape = x.shape
         x = x.astype(self.scale.dtype)
+        ending = Ending(jnp.dtype(self.dtype), add is not None, relu)
         if self.use_running_average:
-            scale = lax.rsqrt(self.var[...] + self.epsilon) * self.scale[...]
-            y = (x - self.mean[...]) * scale + self.bias[...]
-        else:
-            x = x.reshape(self.replicas, -1, *shape[1:])
-            normalized: Any = normalize(
-                x, self.scale[...], self.bias[...], self.epsilon, self.axis_name
-            )
-            y = normalized.y
-            n = x.size // x.shape[-1] // self.replicas
-            n *= 1 if self.axis_name is None else lax.axis_size(self.axis_name)
-            self._track(self.mean, normalized.mean)
-            self._track(self.var, normalized.var * (n / (n - 1)))
-        return y.reshape(shape).astype(self.dtype)
+            factor = lax.rsqrt(self.var[...] + self.epsilon) * self.scale[...]
+            return finish(ending)(x, self.mean[...], factor, self.bias[...], add)
+        parts = (self.replicas, -1, *shape[1:])
+        normalized: Any = normalize(
+            x.reshape(parts),
+            self.scale[...],
+            self.bias[...],
+            None if add is None else add.reshape(parts),
+            self.epsilon,
+            self.axis_name,
+            ending,
+        )
+        n = x.size // x.shape[-1] // self.replicas
+        n *= 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        self._track(self.mean, normalized.mean)
+        self._track(self.var, normalized.var * (n / (n - 1)))
+        return normalized.y.reshape(shape)
 
     def _track(self, running: nnx.BatchStat, new: Float[Array, "r 1 1 1 c"]) -> None:
         new = new.mean((0, 1, 2, 3))
@@ -90,46 +102,102 @@ Statistic = Float[Array, "r 1 1 1 c"]
 PerChannel = Float[Array, " c"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+class Ending(NamedTuple):
+    """What follows the normalisation, in the same pass over memory."""
+
+    dtype: jnp.dtype  # that y is rounded to
+    has_add: bool
+    relu: bool
+
+
+class Normalized(NamedTuple):
+    """Result of `normalize`."""
+
+    y: Parts
+    mean: Statistic
+    var: Statistic
+
+
+class Residuals(NamedTuple):
+    """What `normalize` stores for its gradient."""
+
+    x: Parts
+    mean: Statistic
+    inv_std: Statistic
+    scale: PerChannel
+    y: Parts | None  # if it is rectified
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def normalize(
-    x: Parts, scale: PerChannel, bias: PerChannel, epsilon: float, axis_name: str | None
+    x: Parts,
+    scale: PerChannel,
+    bias: PerChannel,
+    add: Parts | None,
+    epsilon: float,
+    axis_name: str | None,
+    ending: Ending,
 ) -> Normalized:
     """Each part of the batch normalised by its own statistics, and these, with a biased variance.
 
     The gradient of y is the closed form of Ioffe & Szegedy 2015, section 3, with half the passes
-    over x that autodiff's needs; the statistics have none.
+    over x that autodiff's needs; that of the rectifier reads its result, which the next layer
+    stores anyway. The statistics have none. Reverse-mode only.
     """
-    return _forward(x, scale, bias, epsilon, axis_name)[0]
+    return _forward(x, scale, bias, add, epsilon, axis_name, ending)[0]
 
 
 def _forward(
-    x: Parts, scale: PerChannel, bias: PerChannel, epsilon: float, axis_name: str | None
-) -> tuple[Normalized, tuple[Parts, Statistic, Statistic, PerChannel]]:
+    x: Parts,
+    scale: PerChannel,
+    bias: PerChannel,
+    add: Parts | None,
+    epsilon: float,
+    axis_name: str | None,
+    ending: Ending,
+) -> tuple[Normalized, Residuals]:
     # Two passes: E[x^2] - E[x]^2 cancels when the mean is far from zero.
     mean = _across(_mean(x), axis_name)
     var = _across(_mean(jnp.square(x - mean)), axis_name)
     inv_std = lax.rsqrt(var + epsilon)
-    y = (x - mean) * (inv_std * scale) + bias
-    return Normalized(y, mean, var), (x, mean, inv_std, scale)
+    y = finish(ending)(x, mean, inv_std * scale, bias, add)
+    return Normalized(y, mean, var), Residuals(x, mean, inv_std, scale, y if ending.relu else None)
 
 
 def _backward(
     epsilon: float,
     axis_name: str | None,
-    residuals: tuple[Parts, Statistic, Statistic, PerChannel],
+    ending: Ending,
+    residuals: Residuals,
     cotangent: Normalized,
-) -> tuple[Parts, PerChannel, PerChannel]:
-    x, mean, inv_std, scale = residuals
-    dy = cotangent.y
+) -> tuple[Parts, PerChannel, PerChannel, Parts | None]:
+    x, mean, inv_std, scale, y = residuals
+    dadd = cotangent.y if y is None else jnp.where(y > 0, cotangent.y, 0)
+    dy = dadd.astype(x.dtype)
     dbias = _mean(dy)
     dscale = _mean(dy * (x - mean)) * inv_std
     slope = _across(dscale, axis_name) * inv_std
     dx = (dy - _across(dbias, axis_name) - (x - mean) * slope) * (inv_std * scale)
     n = x.size // x.shape[-1] // x.shape[0]
-    return dx, dscale.sum((0, 1, 2, 3)) * n, dbias.sum((0, 1, 2, 3)) * n
+    dscale, dbias = (d.sum((0, 1, 2, 3)) * n for d in (dscale, dbias))
+    return dx, dscale, dbias, dadd if ending.has_add else None
 
 
 normalize.defvjp(_forward, _backward)
+
+
+@cache
+def finish(ending: Ending) -> Callable[..., Array]:
+    """(x - mean) * factor + bias and what follows it, as one pass over memory."""
+
+    @materialized
+    def run(x: Array, mean: Array, factor: Array, bias: Array, add: Array | None) -> Array:
+        y = ((x - mean) * factor + bias).astype(ending.dtype)
+        if add is not None:
+            y = y + add
+        return lax.select(y <= 0, jnp.zeros_like(y), y) if ending.relu else y  # NaN stays
+
+    return run
 
 
 def _mean(x: Parts) -> Statistic:

@@ -12,7 +12,6 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from flax_resnet.activation import add_relu, relu
 from flax_resnet.batch_norm import BatchNorm
 from flax_resnet.config import (
     ChannelPad,
@@ -75,7 +74,7 @@ class ResNet(nnx.Module):
 
     def stem(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 16"]:
         x = self.conv1(x)
-        return x if self.bn1 is None else relu(self.bn1(x))
+        return x if self.bn1 is None else self.bn1(x, relu=True)
 
     def head(self, x: Float[Array, "b h w 64"]) -> Float[Array, "b classes"]:
         return self.fc(x.mean((1, 2)))
@@ -92,9 +91,9 @@ class BasicBlock(nnx.Module):
         self.shortcut = make_shortcut(config, c_in, c_out, stride, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        y = relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return relu(y) if self.shortcut is None else add_relu(y, self.shortcut(x))
+        y = self.bn1(self.conv1(x), relu=True)
+        shortcut = None if self.shortcut is None else self.shortcut(x)
+        return self.bn2(self.conv2(y), add=shortcut, relu=True)
 
 
 class Scan(nnx.Module):

@@ -10,10 +10,14 @@ its deviation it loses 7 digits: it is 2e-9 off where ours is 4e-16 off (toleran
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 from flax_resnet import data, resnet, train
@@ -67,9 +71,9 @@ def test_running_statistics_are_pytorchs_after_1_and_50_steps() -> None:
 def biased_variance(monkeypatch: pytest.MonkeyPatch) -> None:
     call = BatchNorm.__call__
 
-    def mutant(self: BatchNorm, x: jax.Array) -> jax.Array:
+    def mutant(self: BatchNorm, x: jax.Array, **ending: Any) -> jax.Array:
         old, n = self.var[...], x.size // x.shape[-1]
-        y = call(self, x)
+        y = call(self, x, **ending)
         keep = (1 - self.momentum) * old
         self.var[...] = keep + (self.var[...] - keep) * ((n - 1) / n)
         return y
@@ -115,3 +119,29 @@ def test_one_pass_variance_differs_far_from_zero(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(BatchNorm, "__call__", mutant)
     assert far_from_zero() > 1e-11
+
+
+def naive(self: BatchNorm, x: jax.Array, add: jax.Array) -> jax.Array:
+    """As a textbook has it, differentiated by JAX."""
+    if self.use_running_average:
+        mean, var = self.mean[...], self.var[...]
+    else:
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    y = (x - mean) / jnp.sqrt(var + self.epsilon) * self.scale[...] + self.bias[...]
+    return jax.nn.relu(y + add)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_through_the_ending_are_jaxs_own_at_zero_too(training: bool) -> None:
+    batch_norm = BatchNorm(3, epsilon=0.0, dtype=jnp.float64, param_dtype=jnp.float64)
+    batch_norm.use_running_average = not training
+    x = jnp.resize(jnp.array([-1.0, 1.0, 1.0, -1.0]), (2, 4, 4, 3))  # mean 0, variance 1
+    add = jnp.resize(jnp.array([-1.0, 0.0, 1.0, 2.0, 1.5]), x.shape)
+    dy = jnp.asarray(np.random.default_rng(0).normal(size=x.shape))
+    copy = partial(nnx.merge, *nnx.split(batch_norm), copy=True)
+    y, ours = jax.vjp(lambda x, add: copy()(x, add=add, relu=True), x, add)
+    z, theirs = jax.vjp(lambda x, add: naive(batch_norm, x, add), x, add)
+    assert (x + add == 0).sum() > 10
+    np.testing.assert_array_equal(y, z)
+    for a, b in zip(ours(dy), theirs(dy), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-14)

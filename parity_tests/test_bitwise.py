@@ -212,18 +212,29 @@ def other_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
 def relu_before_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     def mutant(self: resnet.BasicBlock, x: jax.Array) -> jax.Array:
         y = self.bn1(nnx.relu(self.conv1(x)))
-        return resnet.add_relu(self.bn2(self.conv2(y)), self.shortcut(x))
+        return self.bn2(self.conv2(y), add=self.shortcut(x), relu=True)
 
     monkeypatch.setattr(resnet.BasicBlock, "__call__", mutant)
 
 
 def relu_before_addition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resnet, "add_relu", lambda x, y: nnx.relu(x) + y)
+    call = BatchNorm.__call__
+
+    def mutant(self: BatchNorm, x: jax.Array, *, add: Any = 0, relu: bool = False) -> jax.Array:
+        return call(self, x, relu=relu) + add
+
+    monkeypatch.setattr(BatchNorm, "__call__", mutant)
 
 
 def half_a_gradient_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """`maximum` shares the gradient between equals; PyTorch's relu has none at 0."""
-    monkeypatch.setattr(resnet, "add_relu", lambda x, y: jnp.maximum(x + y, 0))
+    call = BatchNorm.__call__
+
+    def mutant(self: BatchNorm, x: jax.Array, *, add: Any = None, relu: bool = False) -> jax.Array:
+        y = call(self, x, add=add)
+        return jnp.maximum(y, 0) if relu else y
+
+    monkeypatch.setattr(BatchNorm, "__call__", mutant)
 
 
 @pytest.mark.parametrize(

@@ -148,10 +148,10 @@ def float32_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `nnx.BatchNorm` keeps, whatever its `param_dtype`."""
     call = BatchNorm.__call__
 
-    def mutant(self: BatchNorm, x: jax.Array) -> jax.Array:
+    def mutant(self: BatchNorm, x: jax.Array, **ending: Any) -> jax.Array:
         for statistic in (self.mean, self.var):
             statistic[...] = statistic[...].astype("float32").astype("float64")
-        return call(self, x)
+        return call(self, x, **ending)
 
     monkeypatch.setattr(BatchNorm, "__call__", mutant)
 

@@ -131,13 +131,18 @@ def evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resnet, "BatchNorm", mutant)
 
 
+def end(y: jax.Array, add: jax.Array | None = None, relu: bool = False) -> jax.Array:
+    y = y if add is None else y + add
+    return nnx.relu(y) if relu else y
+
+
 def constant_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch's mean and variance, but no gradient through them: the forward pass is right."""
 
-    def mutant(self: BatchNorm, x: jax.Array) -> jax.Array:
+    def mutant(self: BatchNorm, x: jax.Array, **ending: Any) -> jax.Array:
         mean, var = lax.stop_gradient((x.mean((0, 1, 2)), x.var((0, 1, 2))))
         y = (x - mean) * lax.rsqrt(var + self.epsilon)
-        return y * self.scale[...] + self.bias[...]
+        return end(y * self.scale[...] + self.bias[...], **ending)
 
     monkeypatch.setattr(BatchNorm, "__call__", mutant)
 
@@ -145,9 +150,9 @@ def constant_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
 def unbiased_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Normalises by the unbiased variance, which belongs in the running one only."""
 
-    def mutant(self: BatchNorm, x: jax.Array) -> jax.Array:
+    def mutant(self: BatchNorm, x: jax.Array, **ending: Any) -> jax.Array:
         y = (x - x.mean((0, 1, 2))) * lax.rsqrt(x.var((0, 1, 2), ddof=1) + self.epsilon)
-        return y * self.scale[...] + self.bias[...]
+        return end(y * self.scale[...] + self.bias[...], **ending)
 
     monkeypatch.setattr(BatchNorm, "__call__", mutant)
 
