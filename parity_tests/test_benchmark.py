@@ -44,6 +44,7 @@ def test_rows_and_picture(tmp_path: Path) -> None:
         assert row["recompilations"] == 0
         assert row["implicit_transfers"] == 0
         assert row["host_ms_per_call"] > 0
+        assert 0 < row["compile_seconds"] < row["seconds_to_first_step"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

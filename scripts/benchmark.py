@@ -6,11 +6,11 @@ own; they take turns, --repeats rounds after a warm-up, so that a busy machine s
 PyTorch is given the best it has: channels_last and all cores, eager and inductor; on a GPU TF32,
 bfloat16 autocast, fused SGD, torch.compile's modes and a captured CUDA graph.
 
-Prints a table, and writes a picture (--png) and a list of rows (--json): framework, device, depth,
-batch_size, dtype, phase, variant, ms_median, ms_min, ms_max (milliseconds per batch) and
-images_per_second. Flax's training rows also say how long compiling and the first step took, the
-host's time per call, the peak memory, and how many recompilations and implicit transfers happened
-while the steps ran.
+Prints a table, and writes a picture (--png) and a list of rows (--json): framework, its version,
+device, depth, batch_size, dtype, phase, variant, ms_median, ms_min, ms_max (milliseconds per batch)
+and images_per_second. Flax's training rows also say how long compiling took and how long it was to
+the end of the first step, the host's time per call, the peak memory, and how many recompilations
+and implicit transfers happened while the steps ran.
 """
 
 import functools
@@ -65,6 +65,7 @@ class Ready(NamedTuple):
     """What a job's process tells before it is timed."""
 
     device: str
+    version: str  # of jax or torch
     facts: Row
     steps_at_once: int
 
@@ -104,13 +105,13 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
             jax.block_until_ready(metrics)
 
         evaluations(4)
-        return Ready(flax_device(), {}, 4), evaluations, dict
+        return Ready(flax_device(), jax.__version__, {}, 4), evaluations, dict
 
     is_cpu = jax.default_backend() == "cpu"
     call = compile_steps(config, program, constants, mesh)
-    compilations: list[str] = []
+    compilations: list[float] = []  # seconds
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **__: compilations.append(event) if "backend_compile" in event else None
+        lambda event, s, **_: compilations.append(s) if "backend_compile" in event else None
     )
     host_seconds: list[float] = []
     step = 0
@@ -130,6 +131,7 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
 
     steps(size)
     first = time.perf_counter() - began
+    facts = {"compile_seconds": sum(compilations), "seconds_to_first_step": first}
     steps(2 * size)
     compilations.clear()
     host_seconds.clear()
@@ -148,7 +150,7 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
             "host_ms_per_call": 1e3 * statistics.median(host_seconds),
         }
 
-    return Ready(flax_device(), {"seconds_to_first_step": first}, size), steps, measure
+    return Ready(flax_device(), jax.__version__, facts, size), steps, measure
 
 
 def flax_device() -> str:
@@ -250,7 +252,7 @@ def prepare_torch(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
 
     steps(4)
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    return Ready(name, {}, 1), steps, dict
+    return Ready(name, torch.__version__, {}, 1), steps, dict
 
 
 # --- Taking turns ---------------------------------------------------------------------------------
@@ -311,6 +313,7 @@ def compare(jobs: list[Job], repeats: int) -> Iterator[Row]:
         median = statistics.median(seconds)
         yield {
             "framework": job.framework,
+            "version": ready.version,
             "device": ready.device,
             "depth": job.config.model.depth,
             "batch_size": job.config.train.batch_size,
@@ -395,6 +398,7 @@ def print_facts(row: Row) -> None:
 
 
 FACTS = (
+    "compile_seconds",
     "seconds_to_first_step",
     "host_ms_per_call",
     "peak_host_mib",
@@ -413,11 +417,12 @@ def group(rows: list[Row], like: Row, framework: str) -> list[Row]:
 def plot(rows: list[Row], path: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.8 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 0.8 + 0.32 * len(rows)), layout="constrained")
     axis = figure.subplots()
+    library = {"flax": "Flax, jax", "torch": "PyTorch"}
     names = [
         f"ResNet-{r['depth']}, {r['batch_size']} x {r['dtype']}, {r['phase']}: "
-        f"{r['framework']}, {r['variant']}"
+        f"{library[r['framework']]} {r['version']}, {r['variant']}"
         for r in rows
     ]
     colours = {"flax": "#0072B2", "torch": "#E69F00"}
