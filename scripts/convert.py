@@ -10,43 +10,37 @@ Not converted: the optimizer's state (a new work directory begins with momentum 
 projections that the reference's files hold but do not use (named in the table).
 """
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import torch
 from absl import flags
-from flax import nnx
 
 from flax_resnet import cli, torch_files, workdir
 from flax_resnet.checkpoint import Checkpoints, load_state
 from flax_resnet.config import (
     ChannelPad,
     DataConfig,
-    DType,
     Experiment,
     Preprocess,
     ResNetConfig,
     Shortcut,
 )
-from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.errors import ConfigError
 from flax_resnet.optim import make_optimizer
 from flax_resnet.torch_layouts import USUAL_PREPROCESS, Layout, StateDict, to_key, to_name
 from flax_resnet.torch_weights import (
     COUNTER,
     UNUSED,
     Imported,
-    abstract,
     flax_leaves,
     from_state_dict,
     to_state_dict,
 )
-from flax_resnet.train import Metrics, TrainState, Tree, init
-from torch_ref.resnet import ResNet as TorchResNet
+from flax_resnet.train import Metrics, TrainState, init
+from torch_ref.agreement import NUM_IMAGES, logit_differences
 
 LAYOUT = flags.DEFINE_enum_class("layout", Layout.TWIN, Layout, "keys of the PyTorch file to write")
 SHORTCUT = flags.DEFINE_enum_class(
@@ -60,8 +54,6 @@ PREPROCESS = flags.DEFINE_enum_class(
     "preprocess", None, Preprocess, "for a DST directory's config.json; default: the layout's usual"
 )
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace DST if it is there")
-
-LIMIT = {DType.FLOAT32: 1e-3, DType.FLOAT64: 1e-9}  # rounding alone: 1e-6 and 1e-15
 
 
 def main(src: str, dst: str) -> None:
@@ -221,33 +213,8 @@ def compare(imported: Imported, state_dict: StateDict, layout: Layout) -> None:
         WeightsError: further than rounding explains.
     """
     named = {to_name(key, layout, state_dict): array for key, array in state_dict.items()}
-    image = np.random.default_rng(0).normal(size=(8, 32, 32, 3))
-    differences = {}
-    for dtype in LIMIT:
-        config = dataclasses.replace(imported.config, dtype=dtype)
-        ours, theirs = flax_logits(config, imported, image), torch_logits(config, named, image)
-        differences[dtype] = np.abs(ours - theirs).max() / np.abs(theirs).max()
-    found = ", ".join(f"{dtype.value} {value:.1e}" for dtype, value in differences.items())
-    print(f"largest difference of the logits, relative, on {len(image)} random images: {found}")
-    if not all(differences[dtype] <= LIMIT[dtype] for dtype in LIMIT):
-        raise WeightsError(f"the two networks differ by more than rounding ({found})")
-
-
-def flax_logits(config: ResNetConfig, imported: Imported, image: np.ndarray) -> np.ndarray:
-    graphdef, _, _ = abstract(config)
-    arrays = (imported.params, imported.batch_stats)
-    trees: tuple[Tree, Tree] = jax.tree.map(lambda x: jnp.array(x, config.dtype.value), arrays)
-    model = nnx.merge(graphdef, *trees)
-    model.eval()
-    return np.asarray(jax.jit(lambda x: model(x))(jnp.array(image, config.dtype.value)))
-
-
-@torch.no_grad()
-def torch_logits(config: ResNetConfig, named: StateDict, image: np.ndarray) -> np.ndarray:
-    twin = TorchResNet(config).eval()
-    tensors = torch_files.tensors(named)
-    twin.load_state_dict({name: x for name, x in tensors.items() if name in twin.state_dict()})
-    return twin(torch.tensor(image, dtype=twin.fc.weight.dtype).permute(0, 3, 1, 2)).numpy()
+    found = ", ".join(f"{dtype} {x:.1e}" for dtype, x in logit_differences(imported, named).items())
+    print(f"largest difference of the logits, relative, on {NUM_IMAGES} random images: {found}")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ PyTorch is installed). `flax_resnet.load_pretrained` reads them, without PyTorch
 those of the newest checkpoint's step; WORKDIR/checkpoints/STEP exports another one.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from flax_resnet import cli, data, pretrained, torch_files, workdir
@@ -25,9 +22,6 @@ from flax_resnet.torch_weights import from_state_dict
 from flax_resnet.train import init
 
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace OUT if it is there")
-
-NUM_IMAGES = 8
-LIMIT = {DType.FLOAT32: 1e-3, DType.FLOAT64: 1e-9}  # rounding alone: 1e-6 and 1e-15
 
 
 def main(source: str, out: str) -> None:
@@ -46,7 +40,6 @@ def main(source: str, out: str) -> None:
     facts = {"examples": sizes} | measured(directory, int(state.step))
     arguments = (config, params, batch_stats, constants, int(state.step))
     pretrained.write(path, *arguments, facts)
-    jax.config.update("jax_enable_x64", True)
     try:
         parity = check(path, config.model)
     except WeightsError:
@@ -82,26 +75,12 @@ def check(path: Path, model: ResNetConfig) -> dict[str, Any]:
     try:
         import torch
 
-        from torch_ref.resnet import ResNet as Twin
+        from torch_ref.agreement import NUM_IMAGES, logit_differences
     except ImportError:
         return {"checked": False, "why": "PyTorch is not installed"}
-    arrays = torch_files.read(path).state_dict
-    image = np.random.default_rng(0).normal(size=(NUM_IMAGES, 32, 32, 3))
-    found = {}
-    for dtype, limit in LIMIT.items():
-        config = dataclasses.replace(model, dtype=dtype)
-        same = {k: x.astype(dtype.value) if x.dtype.kind == "f" else x for k, x in arrays.items()}
-        imported = from_state_dict(same, shortcut=model.shortcut, channel_pad=model.channel_pad)
-        network = imported.model()
-        ours = jax.jit(lambda x, network=network: network(x))(jnp.array(image, dtype.value))
-        twin = Twin(config).eval()
-        twin.load_state_dict(torch_files.tensors(same))
-        with torch.no_grad():
-            x = torch.tensor(image, dtype=twin.fc.weight.dtype).permute(0, 3, 1, 2)
-            theirs = twin(x).numpy()
-        found[dtype.value] = float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
-        if not found[dtype.value] <= limit:
-            raise WeightsError(f"PyTorch's logits differ by more than rounding ({found})")
+    state_dict = torch_files.read(path).state_dict
+    imported = from_state_dict(state_dict, shortcut=model.shortcut, channel_pad=model.channel_pad)
+    found = logit_differences(imported, state_dict)
     return {
         "checked": True,
         "with": f"torch {torch.__version__}",
