@@ -253,8 +253,8 @@ def error_by_depth(groups: Sequence[Group]) -> "Figure":
             x, mean, color=style.color, ls=style.line, lw=1.8, marker=style.marker, label=label
         )
         axes.fill_between(x, mean - deviation, mean + deviation, color=style.color, alpha=0.2, lw=0)
-    # Beside our points, not upon them.
-    marks = {PAPER: ("*", 8, -0.1), AKAMASTER: ("x", 5.5, 0.1), REFERENCE: ("+", 7, 0.1)}
+    beside = 0.025 * (len(place) - 1)  # our points, not upon them
+    marks = {PAPER: ("*", 8, -beside), AKAMASTER: ("x", 5.5, beside), REFERENCE: ("+", 7, beside)}
     for source, (marker, size, shift) in marks.items():
         for shortcut in shortcuts:
             points = [
