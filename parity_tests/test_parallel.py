@@ -1,7 +1,7 @@
 """Claim: a step on 1, 2, 4 or 8 devices is the step on one, under `jit` and under `pmap`.
 
 On virtual CPU devices, in float64 to 1e-12 of each tensor's largest value: only the order of
-summation differs (2.3e-14 at the most measured), where statistics of the wrong images give 1.3.
+summation differs (2.4e-14 at the most measured), where statistics of the wrong images give 1.3.
 """
 
 import jax
