@@ -1,8 +1,8 @@
 """Claim: the program written for GPUs and TPUs is the CPU's but for the CPU's cures.
 
 No such device is at hand where the tests run. So the library is told that it is on one: the program
-it then writes is run on the CPU, in float64 (1e-12 of each tensor's largest value, 1.1e-14 measured),
-and lowered for CUDA and for TPU, as far as the hardware's own compiler.
+it then writes is run on the CPU, in float64 (tolerance 1e-12 of each tensor's largest value; found
+1.1e-14), and lowered for CUDA and for TPU, as far as the hardware's own compiler.
 """
 
 import re

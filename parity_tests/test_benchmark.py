@@ -21,6 +21,7 @@ def test_rows_and_picture(tmp_path: Path) -> None:
             *SCRIPT,
             *("--depths=8", "--batch_sizes=4", "--repeats=3", "--seconds=0.01", "--scans=2"),
             *("--frameworks=flax", f"--json={rows_file}", f"--png={picture}"),
+            "--xla_flags=--xla_cpu_enable_fast_math=true",
         ],
         capture_output=True,
         text=True,
@@ -31,8 +32,11 @@ def test_rows_and_picture(tmp_path: Path) -> None:
     rows = json.loads(rows_file.read_text())
     assert [(row["phase"], row["variant"]) for row in rows] == [
         ("train", "default"),
+        ("train", "--xla_cpu_enable_fast_math=true"),
         ("train", "2 steps per call"),
+        ("train", "2 steps per call --xla_cpu_enable_fast_math=true"),
         ("eval", "default"),
+        ("eval", "--xla_cpu_enable_fast_math=true"),
     ]
     for row in rows:
         assert (row["framework"], row["depth"], row["batch_size"]) == ("flax", 8, 4)
@@ -40,7 +44,8 @@ def test_rows_and_picture(tmp_path: Path) -> None:
         rate = 4 / row["ms_median"] * 1e3
         assert abs(row["images_per_second"] / rate - 1) < 1e-9
         assert row["variant"] in run.stdout
-    for row in rows[:2]:
+    for row in rows[:4]:
+        assert row["loss_of_first_call"] > 0
         assert row["recompilations"] == 0
         assert row["implicit_transfers"] == 0
         assert row["host_ms_per_call"] > 0

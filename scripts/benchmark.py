@@ -4,7 +4,8 @@ Times the training step (with its augmentation) and the evaluation of Flax and o
 same random images, for every depth, batch size and compute type. Each variant has a process of its
 own; they take turns, --repeats rounds after a warm-up, so that a busy machine slows all alike.
 PyTorch is given the best it has: channels_last and all cores, eager and inductor; on a GPU TF32,
-bfloat16 autocast, fused SGD, torch.compile's modes and a captured CUDA graph.
+bfloat16 autocast, fused SGD, torch.compile's modes and a captured CUDA graph. Flax's variants are
+--scans, --cures and --xla_flags; that they compute the same shows in the loss of their first call.
 
 Prints a table, and writes a picture (--png) and a list of rows (--json): framework, its version,
 device, depth, batch_size, dtype, phase, variant, ms_median, ms_min, ms_max (milliseconds per batch)
@@ -14,6 +15,7 @@ and implicit transfers happened while the steps ran.
 """
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -41,6 +43,9 @@ SECONDS = flags.DEFINE_float("seconds", 2.0, "how long one variant runs in a rou
 FRAMEWORKS = flags.DEFINE_list("frameworks", ["flax", "torch"], "flax, torch")
 CURES = flags.DEFINE_bool("cures", False, "also leave out each of `flax_resnet.cpu`'s cures")
 SCANS = flags.DEFINE_list("scans", [], "more Flax variants: so many steps per call")
+XLA_FLAGS = flags.DEFINE_multi_string(
+    "xla_flags", [], "more Flax variants, of all numbers of steps: with this in XLA_FLAGS"
+)
 JSON = flags.DEFINE_string("json", None, "file for the rows")
 PNG = flags.DEFINE_string("png", None, "file for the picture")
 cli.define_overrides()
@@ -116,8 +121,10 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
     host_seconds: list[float] = []
     step = 0
 
+    metrics: Any = None
+
     def steps(count: int) -> None:
-        nonlocal state, step
+        nonlocal state, step, metrics
         for _ in range(0, count, size):
             drawn = draw_steps(config, step, size, NUM_EXAMPLES)
             drawn = sharding.split_batch(mesh, drawn, config.parallel, axis=1)
@@ -131,7 +138,11 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
 
     steps(size)
     first = time.perf_counter() - began
-    facts = {"compile_seconds": sum(compilations), "seconds_to_first_step": first}
+    facts = {
+        "loss_of_first_call": metrics.mean()["loss"],  # the same for the same steps, or it is wrong
+        "compile_seconds": sum(compilations),
+        "seconds_to_first_step": first,
+    }
     steps(2 * size)
     compilations.clear()
     host_seconds.clear()
@@ -332,11 +343,13 @@ def make_jobs(config: Experiment, phase: str) -> list[Job]:
     is_gpu, jobs = has_gpu(), []
     if "flax" in FRAMEWORKS.value:
         scans = ["1", *SCANS.value] if phase == "train" else ["1"]
-        for scan in scans:
+        for scan, xla_flags in itertools.product(scans, ["", *XLA_FLAGS.value]):
             settings = cli.override(Experiment.from_dict(config.to_dict()))
             settings.train.steps_per_call = int(scan)
-            name = "default" if scan == "1" else f"{scan} steps per call"
-            jobs.append(Job("flax", name, phase, settings))
+            names = ([] if scan == "1" else [f"{scan} steps per call"]) + xla_flags.split()
+            all_flags = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
+            environment = (("XLA_FLAGS", all_flags),) if xla_flags else ()
+            jobs.append(Job("flax", " ".join(names) or "default", phase, settings, (), environment))
         if CURES.value and phase == "train":
             from flax_resnet.cpu import CURES as cures
 
@@ -393,11 +406,12 @@ def print_table(rows: list[Row]) -> None:
 def print_facts(row: Row) -> None:
     facts = {k: v for k, v in row.items() if k in FACTS}
     if facts:
-        shown = ", ".join(f"{k.replace('_', ' ')} {round(v, 2)}" for k, v in facts.items())
+        shown = ", ".join(f"{k.replace('_', ' ')} {round(v, 4)}" for k, v in facts.items())
         print(f"{row['framework']} {row['variant']}, ResNet-{row['depth']} {row['phase']}: {shown}")
 
 
 FACTS = (
+    "loss_of_first_call",
     "compile_seconds",
     "seconds_to_first_step",
     "host_ms_per_call",
