@@ -64,7 +64,7 @@ class BatchNorm(nnx.Module):
         add: Float[Array, "b h w c"] | None = None,
         relu: bool = False,
     ) -> Float[Array, "b h w c"]:
-        """y, or y + add, and of that what is above 0.
+        """y, plus `add`, rectified: as much of it as is asked for, in one pass over memory.
 
         Args:
             add: a block's shortcut (paper, figure 2).
