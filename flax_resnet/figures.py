@@ -75,7 +75,7 @@ def draw_all(groups: Sequence[Group], out: Path, reference: Reference | None = N
     out.mkdir(parents=True, exist_ok=True)
     datasets = [group.config.data.name for group in groups]
     commonest = max(datasets, key=datasets.count)
-    groups = [group for group in groups if group.config.data.name is commonest]
+    groups = short_labels([g for g in groups if g.config.data.name is commonest])
     alike = at_one_depth(groups)
     pair = sides(groups)
     written = []
@@ -95,6 +95,14 @@ def draw_all(groups: Sequence[Group], out: Path, reference: Reference | None = N
             figure.savefig(out / f"{name}.svg", metadata={"Date": None})
             written.append(f"{name}.png")
     return written
+
+
+def short_labels(groups: Sequence[Group]) -> list[Group]:
+    """Without the family, such as " (reference)", if it is that of all: their tables are narrow."""
+    families = {group.label.partition(" (")[2] for group in groups}
+    if len(families) > 1:
+        return list(groups)
+    return [group._replace(label=group.label.partition(" (")[0]) for group in groups]
 
 
 @contextlib.contextmanager

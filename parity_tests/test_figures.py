@@ -180,3 +180,16 @@ def test_the_references_curves_are_drawn_beside_ours(runs: Path, tmp_path: Path)
     np.testing.assert_allclose(theirs.get_ydata(), [60, 10])
     assert theirs.get_color() == ours.get_color()
     assert (len(left.lines), len(right.lines)) == (4, 5)
+
+
+def test_a_family_is_named_only_where_it_tells_networks_apart() -> None:
+    ours, theirs = (
+        [results.label(job.config.model) for job in make_jobs(STUDIES[study], ["A-20", "plain-20"])]
+        for study in ("depth", "reference")
+    )
+    for labels, expected in (
+        (theirs, ["ResNet-20 A", "plain-20"]),
+        (ours + theirs, [*ours, "ResNet-20 A (reference)", "plain-20 (reference)"]),
+    ):
+        shown = figures.short_labels([Group(label, []) for label in labels])
+        assert [group.label for group in shown] == expected
