@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "scripts/benchmark.py")]
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -21,7 +23,7 @@ def test_rows_and_picture(tmp_path: Path) -> None:
             *SCRIPT,
             *("--depths=8", "--batch_sizes=4", "--repeats=3", "--seconds=0.01", "--scans=2"),
             *("--frameworks=flax", f"--json={rows_file}", f"--png={picture}"),
-            "--xla_flags=--xla_cpu_enable_fast_math=true",
+            *("--xla_flags=--xla_cpu_enable_fast_math=true", "--xla_flags=--xla_no_such=1"),
         ],
         capture_output=True,
         text=True,
@@ -44,8 +46,11 @@ def test_rows_and_picture(tmp_path: Path) -> None:
         rate = 4 / row["ms_median"] * 1e3
         assert abs(row["images_per_second"] / rate - 1) < 1e-9
         assert row["variant"] in run.stdout
+    assert "flax --xla_no_such=1 at depth 8 failed" in run.stdout  # XLA was told of it
+    for one, other in ((rows[0], rows[1]), (rows[2], rows[3])):
+        assert one["loss_of_first_call"] == pytest.approx(other["loss_of_first_call"], rel=1e-3)
+    assert rows[0]["loss_of_first_call"] != rows[2]["loss_of_first_call"]
     for row in rows[:4]:
-        assert row["loss_of_first_call"] > 0
         assert row["recompilations"] == 0
         assert row["implicit_transfers"] == 0
         assert row["host_ms_per_call"] > 0

@@ -120,7 +120,6 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
     )
     host_seconds: list[float] = []
     step = 0
-
     metrics: Any = None
 
     def steps(count: int) -> None:
