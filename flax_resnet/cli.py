@@ -13,10 +13,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from flax_resnet import processes
 from flax_resnet.config import DType, Experiment
-from flax_resnet.cpu import keep_memory
 from flax_resnet.errors import ConfigError, UserError
+from flax_resnet.nn.cpu import keep_memory
+from flax_resnet.parallel import processes
 
 USER_ERROR = 2  # exit code
 

@@ -3,16 +3,13 @@
 Lay `torch_ref/resnet.py` beside it: the two differ in `nnx` against `nn`, and in NHWC against NCHW.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
 
-from flax_resnet.batch_norm import BatchNorm
 from flax_resnet.config import (
     ChannelPad,
     DType,
@@ -22,7 +19,9 @@ from flax_resnet.config import (
     Shortcut,
     Stem,
 )
-from flax_resnet.convolution import conv_general_dilated
+from flax_resnet.nn.batch_norm import BatchNorm
+from flax_resnet.nn.convolution import conv_general_dilated
+from flax_resnet.nn.scan import Scan, Tree, rematerialized
 
 Layer = Callable[[Array], Array]
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")  # not truncated
@@ -94,50 +93,6 @@ class BasicBlock(nnx.Module):
         y = self.bn1(self.conv1(x), relu=True)
         shortcut = None if self.shortcut is None else self.shortcut(x)
         return self.bn2(self.conv2(y), add=shortcut, relu=True)
-
-
-class Scan(nnx.Module):
-    """Blocks of one shape as one program that is run again and again, by `jax.lax.scan`.
-
-    The program no longer grows with their number, nor does the time to compile it.
-
-    Args:
-        blocks: whose parameters and statistics are stacked along a new first axis.
-        remat: compute a block's inside again for its gradient, instead of storing it.
-    """
-
-    def __init__(self, blocks: Sequence[BasicBlock], *, remat: bool = False):
-        graphdef, *_ = nnx.split(blocks[0], ...)
-        states = [nnx.state(block) for block in blocks]
-        self.blocks = nnx.merge(graphdef, jax.tree.map(lambda *x: jnp.stack(x), *states))
-        self.remat = remat
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        run, weights = as_function(self.blocks)
-        x, stats = lax.scan(jax.checkpoint(run) if self.remat else run, x, weights)
-        nnx.update(self.blocks, stats)
-        return x
-
-
-def rematerialized(layer: nnx.Module, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-    """layer(x), whose inside is computed again for its gradient, instead of being stored."""
-    if isinstance(layer, Scan):  # which does it block by block
-        return layer(x)
-    run, weights = as_function(layer)
-    x, stats = jax.checkpoint(run)(x, weights)
-    nnx.update(layer, stats)
-    return x
-
-
-def as_function(layer: nnx.Module) -> tuple[Callable[..., tuple[Array, nnx.State]], tuple]:
-    """`run(x, weights)`, which gives layer(x) and the new statistics, and the weights."""
-    graphdef, *weights = nnx.split(layer, nnx.Param, nnx.BatchStat)
-
-    def run(x: Array, weights: tuple[nnx.State, nnx.State]) -> tuple[Array, nnx.State]:
-        inner = nnx.merge(graphdef, *weights, copy=True)
-        return inner(x), nnx.state(inner, nnx.BatchStat)
-
-    return run, tuple(weights)
 
 
 class ZeroPad(nnx.Module):
@@ -245,3 +200,14 @@ def compute_dtype(config: ResNetConfig) -> jnp.dtype:
 def param_dtype(config: ResNetConfig) -> jnp.dtype:
     """Parameters and statistics keep float32 under bfloat16."""
     return jnp.dtype("float64" if config.dtype is DType.FLOAT64 else "float32")
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """A module as its structure, its parameters and its running statistics."""
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+def abstract(config: ResNetConfig) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """A network's structure, with shapes and types in the place of arrays."""
+    return split(nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0))))

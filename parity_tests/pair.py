@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from flax_resnet.config import ResNetConfig
-from flax_resnet.resnet import ResNet
-from flax_resnet.torch_weights import to_state_dict
-from flax_resnet.train import Tree, split
+from flax_resnet.nn.scan import Tree
+from flax_resnet.resnet import ResNet, split
+from flax_resnet.weights.state_dict import to_state_dict
 
 torch = pytest.importorskip("torch", reason="the other side of every equation here is PyTorch")
 

@@ -29,8 +29,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_resnet import checkpoint, cifar10, torch_files, train, workdir
+from flax_resnet.data import cifar10
 from flax_resnet.errors import CheckpointError, DatasetError, UserError
+from flax_resnet.step import init
+from flax_resnet.training import checkpoint, workdir
+from flax_resnet.weights import files
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 24
@@ -326,7 +329,7 @@ def damage(runs: int, at: Path, kind: str) -> Iterator[Result]:
     if not directory.exists():
         shutil.copytree(uninterrupted(at), directory)
     *_, before, last = steps_saved(directory)
-    like = train.init(workdir.read_config(directory))[1]
+    like = init(workdir.read_config(directory))[1]
     good = checkpoint.digest(checkpoint.load_state(directory, like, last))
     fallback = checkpoint.digest(checkpoint.load_state(directory, like, before))
     files = [path for path in (directory / "checkpoints" / str(last)).rglob("*") if path.is_file()]
@@ -383,7 +386,7 @@ def not_finite(runs: int, at: Path) -> Iterator[Result]:
         detail = f"rate 1e30 from step {step}: {run}"
         held = run.is_refused and bool(named) and newest(run.workdir) > 0
         if held:
-            like = train.init(workdir.read_config(run.workdir))[1]
+            like = init(workdir.read_config(run.workdir))[1]
             state = checkpoint.load_state(run.workdir, like, newest(run.workdir))
             held = all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state)))
         # The step after the jump makes the weights huge, the next one's loss is not finite.
@@ -396,7 +399,7 @@ def devices(runs: int, at: Path) -> Iterator[Result]:
     settings = {"model.dtype": "float64", "train.log_every": 1, "train.checkpoint_every": 100}
     alone = Run(at, at / "one_device", settings, JAX_NUM_CPU_DEVICES="1")
     assert alone.wait() == 0, alone
-    like = train.init(workdir.read_config(alone.workdir))[1]
+    like = init(workdir.read_config(alone.workdir))[1]
     theirs = jax.tree.leaves(checkpoint.load_state(alone.workdir, like)[1:4])
     for i in range(runs):
         directory, held = at / f"devices{i}", True
@@ -466,7 +469,7 @@ def dataset(runs: int, at: Path) -> Iterator[Result]:
                 shards = sorted(small.dataset_path(root).glob("*array_record*"))
                 shards[i % len(shards)].write_bytes(b"")
             else:
-                harm(small.dataset_path(root) / "cifar10-train.array_record-00000-of-00001")
+                harm(small.dataset_path(root) / "cifar10-step.array_record-00000-of-00001")
             with contextlib.suppress(DatasetError):
                 got = cifar10.load(str(root))
                 small.assert_same(got, right)
@@ -493,7 +496,7 @@ def hostile(runs: int, at: Path) -> Iterator[Result]:
     """Files that are made to do harm; the figure is by how many MB the largest memory use grew."""
     source, canary = begun(at), at / "canary"
     config = workdir.read_config(source)
-    like = train.init(config)[1]
+    like = init(config)[1]
     step = newest(source)
     for i in range(runs):
         make = HOSTILE[i % len(HOSTILE)]
@@ -508,7 +511,7 @@ def hostile(runs: int, at: Path) -> Iterator[Result]:
                 workdir.read_config(path)
                 checkpoint.load_state(path, like, step)
             else:
-                torch_files.read(path)
+                files.read(path)
             refused, said = False, "loaded"
         except Exception as e:  # of the scripts' users only these two kinds are told in one line
             refused, said = isinstance(e, UserError | OSError), f"{type(e).__name__}: {e}"
@@ -658,7 +661,7 @@ def arrays_of_huge_shapes(directory: Path, step: int, canary: Path) -> Path:
     """Real ones, of zeros: a few MB on the disk, 8 GB in memory."""
     path = directory / "checkpoints" / str(step)
     config = workdir.read_config(directory)
-    state = train.init(config)[1]
+    state = init(config)[1]
     state.params["fc"]["kernel"] = np.zeros((64, 2 * 10**6), np.float32)  # 0.5 GB
     shutil.rmtree(path)
     with checkpoint.Checkpoints(directory / "checkpoints") as checkpoints:

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from flax_resnet import data, sharding
 from flax_resnet.config import DType, Experiment, ResNetConfig, Shortcut
-from flax_resnet.loop import compile_steps, draw_steps
-from flax_resnet.train import init
+from flax_resnet.data import digits, pixels
+from flax_resnet.parallel import sharding
+from flax_resnet.step import init
+from flax_resnet.training.loop import compile_steps, draw_steps
 
 TOLERANCE = 1e-12
 CURES = re.compile('inlineable = "false"')
@@ -24,8 +25,8 @@ def prepare(model: ResNetConfig, size: int) -> tuple:
     """`size` training steps in one call, and what to call them with."""
     config = Experiment(model=model)
     config.train.batch_size = 8
-    examples = data.digits()["train"]
-    constants = data.make_normalization(config.data.preprocess, examples.image)
+    examples = digits.load()["train"]
+    constants = pixels.make_normalization(config.data.preprocess, examples.image)
     mesh = sharding.data_mesh()
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), mesh.axis_names)
     program, state = init(config)

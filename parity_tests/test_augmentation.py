@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flax_resnet import data, evaluation, sharding, train
-from flax_resnet.cifar10 import Examples
 from flax_resnet.config import DataConfig, Experiment, Preprocess, ResNetConfig
-from flax_resnet.data import Draw
+from flax_resnet.data import order, pixels
+from flax_resnet.data.examples import Examples
+from flax_resnet.data.order import Draw
+from flax_resnet.parallel import sharding
+from flax_resnet.step import eval_step, init
+from flax_resnet.training import evaluation
 
 CONFIG = DataConfig()
 every_preprocess = pytest.mark.parametrize("preprocess", Preprocess, ids=lambda p: p.value)
@@ -58,7 +61,7 @@ def test_each_offset_and_flip_cuts_what_slicing_by_hand_does(
 ) -> None:
     image = random_examples(2 * len(OFFSETS), shape).image.astype(dtype) - 100
     offset, flip = np.array(OFFSETS * 2, np.int32), np.arange(len(image)) < len(OFFSETS)
-    ours = jax.jit(data.crop_and_flip, static_argnums=3)(image, offset, flip, 4)
+    ours = jax.jit(pixels.crop_and_flip, static_argnums=3)(image, offset, flip, 4)
     assert ours.dtype == dtype
     np.testing.assert_array_equal(ours, by_hand(image, offset, flip, 4))
 
@@ -66,31 +69,31 @@ def test_each_offset_and_flip_cuts_what_slicing_by_hand_does(
 @pytest.mark.parametrize("pad", [0, 1, 2, 3])
 def test_other_paddings_too(pad: int) -> None:
     config = DataConfig(pad=pad)
-    drawn = data.draw(config, seed=0, step=0, batch_size=64, num_examples=64)
+    drawn = order.draw(config, seed=0, step=0, batch_size=64, num_examples=64)
     image = random_examples(64).image.astype("float32")
-    ours = jax.jit(data.crop_and_flip, static_argnums=3)(image, drawn.offset, drawn.flip, pad)
+    ours = jax.jit(pixels.crop_and_flip, static_argnums=3)(image, drawn.offset, drawn.flip, pad)
     np.testing.assert_array_equal(ours, by_hand(image, drawn.offset, drawn.flip, pad))
 
 
 def flip_first(image: jax.Array, offset: jax.Array, flip: jax.Array) -> jax.Array:
     image = jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
-    return data.crop_and_flip(image, offset, jnp.zeros_like(flip), 4)
+    return pixels.crop_and_flip(image, offset, jnp.zeros_like(flip), 4)
 
 
 def flip_upside_down(image: jax.Array, offset: jax.Array, flip: jax.Array) -> jax.Array:
-    turned = data.crop_and_flip(image.transpose(0, 2, 1, 3), offset[:, ::-1], flip, 4)
+    turned = pixels.crop_and_flip(image.transpose(0, 2, 1, 3), offset[:, ::-1], flip, 4)
     return turned.transpose(0, 2, 1, 3)
 
 
 def pad_with_the_edge(image: jax.Array, offset: jax.Array, flip: jax.Array) -> jax.Array:
     wide = jnp.pad(image, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
-    return data.crop_and_flip(wide, offset + 4, flip, 4)[:, :32, :32]
+    return pixels.crop_and_flip(wide, offset + 4, flip, 4)[:, :32, :32]
 
 
 CUTS = {
-    "axes swapped": lambda x, offset, flip: data.crop_and_flip(x, offset[:, ::-1], flip, 4),
-    "a pixel off": lambda x, offset, flip: data.crop_and_flip(x, (offset + 1) % 9, flip, 4),
-    "the others flipped": lambda x, offset, flip: data.crop_and_flip(x, offset, ~flip, 4),
+    "axes swapped": lambda x, offset, flip: pixels.crop_and_flip(x, offset[:, ::-1], flip, 4),
+    "a pixel off": lambda x, offset, flip: pixels.crop_and_flip(x, (offset + 1) % 9, flip, 4),
+    "the others flipped": lambda x, offset, flip: pixels.crop_and_flip(x, offset, ~flip, 4),
     "flipped, then cropped": flip_first,
     "flipped upside down": flip_upside_down,
     "padded with the edge": pad_with_the_edge,
@@ -110,11 +113,11 @@ def training_image(
     examples: Examples, drawn: Draw, preprocess: Preprocess, dtype: str
 ) -> np.ndarray:
     """A training batch's pixels, by the compiled library."""
-    constants = data.make_normalization(preprocess, examples.image)
+    constants = pixels.make_normalization(preprocess, examples.image)
 
     @jax.jit
-    def batch(examples: Examples, drawn: Draw) -> data.Batch:
-        return data.training_batch(examples, drawn, constants, 4, jnp.dtype(dtype))
+    def batch(examples: Examples, drawn: Draw) -> pixels.Batch:
+        return pixels.training_batch(examples, drawn, constants, 4, jnp.dtype(dtype))
 
     return np.asarray(batch(examples, drawn).image)
 
@@ -153,11 +156,11 @@ def test_the_padding_is_zero_after_the_subtraction(preprocess: Preprocess) -> No
 
 
 def torch_image(
-    examples: Examples, drawn: Draw, constants: data.Normalization, dtype: str
+    examples: Examples, drawn: Draw, constants: pixels.Normalization, dtype: str
 ) -> np.ndarray:
     """A training batch's pixels, by the twin; in our layout."""
     torch = pytest.importorskip("torch", reason="the other side is PyTorch")
-    from torch_ref import data as twin
+    from torch_ref import pixels as twin
 
     image = twin.normalize(examples.image[drawn.indices], *constants, getattr(torch, dtype))
     image = twin.crop_and_flip(image, drawn.offset, drawn.flip, CONFIG.pad)
@@ -168,9 +171,9 @@ def torch_image(
 @every_preprocess
 def test_pytorch_sees_the_same_pixels(preprocess: Preprocess, dtype: str) -> None:
     examples = random_examples(300)
-    drawn = data.draw(CONFIG, seed=3, step=5, batch_size=128, num_examples=300)
+    drawn = order.draw(CONFIG, seed=3, step=5, batch_size=128, num_examples=300)
     ours = training_image(examples, drawn, preprocess, dtype)
-    constants = data.make_normalization(preprocess, examples.image)
+    constants = pixels.make_normalization(preprocess, examples.image)
     theirs = torch_image(examples, drawn, constants, dtype)
     assert ours.dtype == theirs.dtype == dtype
     largest = np.abs(theirs).max()
@@ -184,10 +187,10 @@ def test_pytorch_sees_the_same_pixels(preprocess: Preprocess, dtype: str) -> Non
 @pytest.mark.parametrize("mutant", ["seed", "step", "scale", "channel order"])
 def test_a_mutant_shows_pytorch_other_pixels(mutant: str) -> None:
     examples = random_examples(300)
-    constants = data.make_normalization(Preprocess.AKAMASTER, examples.image)
-    drawn = data.draw(CONFIG, 3, 5, 128, 300)
+    constants = pixels.make_normalization(Preprocess.AKAMASTER, examples.image)
+    drawn = order.draw(CONFIG, 3, 5, 128, 300)
     ours = training_image(examples, drawn, Preprocess.AKAMASTER, "float32")
-    drawn = data.draw(CONFIG, 3 + (mutant == "seed"), 5 + (mutant == "step"), 128, 300)
+    drawn = order.draw(CONFIG, 3 + (mutant == "seed"), 5 + (mutant == "step"), 128, 300)
     if mutant == "scale":
         constants = constants._replace(scale=1 / 256)
     if mutant == "channel order":
@@ -201,7 +204,7 @@ def test_a_mutant_shows_pytorch_other_pixels(mutant: str) -> None:
 
 def draws(config: DataConfig = CONFIG, seed: int = 0, steps: int = 1000) -> Draw:
     """Those of many steps, one after the other."""
-    parts = [data.draw(config, seed, step, 128, 1000) for step in range(steps)]
+    parts = [order.draw(config, seed, step, 128, 1000) for step in range(steps)]
     return Draw(*map(np.concatenate, zip(*parts, strict=True)))
 
 
@@ -249,7 +252,7 @@ def test_without_flip_none_is_flipped_and_the_rest_is_the_same() -> None:
 def epochs(batch_size: int, n: int) -> np.ndarray:
     """The examples of four epochs, in the order in which steps see them."""
     steps = -(-4 * n // batch_size)
-    index = [data.draw(CONFIG, 0, step, batch_size, n).indices for step in range(steps)]
+    index = [order.draw(CONFIG, 0, step, batch_size, n).indices for step in range(steps)]
     return np.concatenate(index)[: 4 * n].reshape(4, n)
 
 
@@ -262,19 +265,19 @@ def test_each_epoch_sees_every_example_once_in_an_order_of_its_own(batch_size: i
 
 def test_a_mutant_that_draws_with_replacement_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def replacing(seed: int, epoch: int, n: int) -> np.ndarray:
-        return data.random_integers(seed, data.ORDER, epoch, n) % np.uint64(n)
+        return order.random_integers(seed, order.ORDER, epoch, n) % np.uint64(n)
 
-    monkeypatch.setattr(data, "permutation", replacing)
+    monkeypatch.setattr(order, "permutation", replacing)
     assert (np.sort(epochs(7, 50)) != np.arange(50)).any()
 
 
 def test_a_draw_is_a_pure_function_of_seed_and_step() -> None:
     def draw(seed: int, step: int) -> bytes:
-        return b"".join(x.tobytes() for x in data.draw(CONFIG, seed, step, 128, 1000))
+        return b"".join(x.tobytes() for x in order.draw(CONFIG, seed, step, 128, 1000))
 
     order = [(seed, step) for seed in range(5) for step in range(20)]
     first = {at: draw(*at) for at in order}
-    data.permutation.cache_clear()
+    order.permutation.cache_clear()
     np.random.default_rng(1).shuffle(order)
     assert {at: draw(*at) for at in order} == first
     assert len(set(first.values())) == len(first)  # different seeds and steps differ
@@ -283,9 +286,9 @@ def test_a_draw_is_a_pure_function_of_seed_and_step() -> None:
 def raw_numbers() -> np.ndarray:
     """All that 200 steps of two runs draw, orders and augmentation."""
     raw = [
-        data.random_integers(seed, stream, step, 3 * 128)
+        order.random_integers(seed, stream, step, 3 * 128)
         for seed in range(2)
-        for stream in (data.ORDER, data.AUGMENTATION)
+        for stream in (order.ORDER, order.AUGMENTATION)
         for step in range(200)
     ]
     return np.concatenate(raw)
@@ -299,12 +302,12 @@ def test_a_mutant_whose_counters_overlap_shares_them(monkeypatch: pytest.MonkeyP
     def overlapping(seed: int, stream: int, counter: int, size: int) -> np.ndarray:
         return np.random.Philox(key=[seed, stream], counter=[counter, 0, 0, 0]).random_raw(size)
 
-    monkeypatch.setattr(data, "random_integers", overlapping)
+    monkeypatch.setattr(order, "random_integers", overlapping)
     assert len(np.unique(raw_numbers())) < len(raw_numbers()) / 10
 
 
 def test_a_draw_is_the_same_for_ever() -> None:
-    drawn = data.draw(CONFIG, seed=1, step=2, batch_size=4, num_examples=10)
+    drawn = order.draw(CONFIG, seed=1, step=2, batch_size=4, num_examples=10)
     np.testing.assert_array_equal(drawn.indices, [1, 4, 4, 0])
     np.testing.assert_array_equal(drawn.offset, [[0, 7], [3, 4], [0, 0], [8, 1]])
     np.testing.assert_array_equal(drawn.flip, [False, True, False, False])
@@ -315,10 +318,10 @@ def test_a_draw_is_the_same_for_ever() -> None:
 
 def test_evaluation_batches_hold_every_example_once_and_padding() -> None:
     examples = random_examples(10)
-    constants = data.make_normalization(Preprocess.PAPER, examples.image)
+    constants = pixels.make_normalization(Preprocess.PAPER, examples.image)
     on_device = Examples(*map(jnp.asarray, examples))
     index = jnp.array([7, 8, 9, -1, -1])
-    batch = data.evaluation_batch(on_device, index, constants, jnp.float32)
+    batch = pixels.evaluation_batch(on_device, index, constants, jnp.float32)
     np.testing.assert_array_equal(batch.label, [*examples.label[7:], -1, -1])
     right = examples.image[7:] - constants.mean.astype(np.float32)
     np.testing.assert_array_equal(batch.image[:3], right)
@@ -330,16 +333,16 @@ N_TEST = 30
 def evaluate(batch_size: int) -> tuple[dict[str, float], dict[str, float]]:
     """(in batches, all at once): the mean loss and the error of 30 examples."""
     config = Experiment(model=ResNetConfig.paper(8))
-    program, state = train.init(config)
+    program, state = init(config)
     examples = random_examples(N_TEST)
-    constants = data.make_normalization(Preprocess.REFERENCE, examples.image)
+    constants = pixels.make_normalization(Preprocess.REFERENCE, examples.image)
     mesh = sharding.data_mesh()
     call = evaluation.make_evaluate(config.model, program, constants, mesh, batch_size)
     arguments = (state.params, state.batch_stats, examples)
     ours = call(*sharding.replicate(mesh, arguments)).mean()
-    image = data.normalize(jnp.asarray(examples.image), constants, jnp.float32)
-    batch = data.Batch(image, jnp.asarray(examples.label))
-    return ours, train.eval_step(program, state.params, state.batch_stats, batch).mean()
+    image = pixels.normalize(jnp.asarray(examples.image), constants, jnp.float32)
+    batch = pixels.Batch(image, jnp.asarray(examples.label))
+    return ours, eval_step(program, state.params, state.batch_stats, batch).mean()
 
 
 @pytest.mark.parametrize("batch_size", [7, 10, 64])
@@ -352,11 +355,11 @@ def test_evaluation_counts_each_example_once_and_padding_nowhere(batch_size: int
 
 def test_a_mutant_that_counts_the_padding_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def counts(
-        examples: Examples, index: jax.Array, constants: data.Normalization, dtype: jnp.dtype
-    ) -> data.Batch:
-        image = data.normalize(examples.image[index], constants, dtype)
-        return data.Batch(image, examples.label[index])
+        examples: Examples, index: jax.Array, constants: pixels.Normalization, dtype: jnp.dtype
+    ) -> pixels.Batch:
+        image = pixels.normalize(examples.image[index], constants, dtype)
+        return pixels.Batch(image, examples.label[index])
 
-    monkeypatch.setattr(data, "evaluation_batch", counts)
+    monkeypatch.setattr(pixels, "evaluation_batch", counts)
     ours, whole = evaluate(7)
     assert abs(ours["loss"] / whole["loss"] - 1) > 1e-4

@@ -20,15 +20,17 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from flax_resnet import data, resnet, train
-from flax_resnet.batch_norm import BatchNorm
+from flax_resnet import resnet
 from flax_resnet.config import DType, Experiment, ResNetConfig
-from flax_resnet.cpu import compiler_options
-from flax_resnet.torch_weights import tree_to_torch
+from flax_resnet.data import digits, pixels
+from flax_resnet.nn.batch_norm import BatchNorm
+from flax_resnet.nn.cpu import compiler_options
+from flax_resnet.step import init, train_step
+from flax_resnet.weights.state_dict import tree_to_torch
 from parity_tests.pair import images, make_twin, relative, to_torch, torch
-from torch_ref import train as torch_train
-from torch_ref.data import Batch as TorchBatch
+from torch_ref import step as torch_step
 from torch_ref.optim import make_optimizer, make_schedule
+from torch_ref.pixels import Batch as TorchBatch
 
 EXPERIMENT = Experiment(model=ResNetConfig.paper(8, dtype=DType.FLOAT64))
 BATCH_SIZE = 16
@@ -36,24 +38,22 @@ BATCH_SIZE = 16
 
 def differences(steps: list[int]) -> list[float]:
     """The largest difference between any two running statistics after each of `steps`."""
-    program, state = train.init(EXPERIMENT)
+    program, state = init(EXPERIMENT)
     twin = make_twin(EXPERIMENT.model, state.params, state.batch_stats)
     optimizer = make_optimizer(EXPERIMENT.optim, twin.parameters())
-    their_state = torch_train.TrainState(
-        twin, optimizer, make_schedule(EXPERIMENT.optim, optimizer)
-    )
+    their_state = torch_step.TrainState(twin, optimizer, make_schedule(EXPERIMENT.optim, optimizer))
     step_fn = jax.jit(
-        lambda state, batch: train.train_step(program, state, batch),
+        lambda state, batch: train_step(program, state, batch),
         compiler_options=compiler_options(),
     )
-    examples = data.digits()["train"]
+    examples = digits.load()["train"]
     found = []
     for step in range(max(steps)):
         chosen = slice(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         image, label = examples.image[chosen, ::4, ::4] / 255, examples.label[chosen]
         theirs_batch = TorchBatch(to_torch(image), torch.tensor(label, dtype=torch.int64))
-        torch_train.train_step(their_state, theirs_batch)
-        batch = data.Batch(jnp.asarray(image), jnp.asarray(label))
+        torch_step.train_step(their_state, theirs_batch)
+        batch = pixels.Batch(jnp.asarray(image), jnp.asarray(label))
         state, _ = step_fn(state, batch)
         if step + 1 in steps:
             ours, theirs = tree_to_torch(state.batch_stats), dict(twin.named_buffers())

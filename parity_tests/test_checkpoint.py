@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_resnet.checkpoint import Checkpoints, digest, load_state
 from flax_resnet.config import Experiment, ResNetConfig
 from flax_resnet.errors import CheckpointError, TrainingError
-from flax_resnet.train import TrainState, init
+from flax_resnet.step import TrainState, init
+from flax_resnet.training.checkpoint import Checkpoints, digest, load_state
 
 
 def state_at(step: int) -> TrainState:

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from flax_resnet import cifar10
-from flax_resnet.cifar10 import Examples
+from flax_resnet.data import cifar10
+from flax_resnet.data.examples import Examples
 from flax_resnet.errors import DatasetError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -238,7 +238,7 @@ def test_endless_download_does_not_fill_the_disk(root, archive, served, monkeypa
 START = """
 import hashlib, os, signal, sys
 from pathlib import Path
-from flax_resnet import cifar10
+from flax_resnet.data import cifar10
 
 root, size, cifar10.ARCHIVE_SHA256, mode = sys.argv[1:]
 cifar10.ARCHIVE_BYTES = int(size)

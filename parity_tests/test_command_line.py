@@ -5,10 +5,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from flax_resnet import cli, data, sharding
+from flax_resnet import cli
 from flax_resnet.config import DataConfig, Dataset, Experiment
+from flax_resnet.data import source
 from flax_resnet.errors import CheckpointError, ConfigError
-from flax_resnet.workdir import claimed, difference
+from flax_resnet.parallel import sharding
+from flax_resnet.training.workdir import claimed, difference
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +67,7 @@ def test_a_batch_that_does_not_divide_over_the_devices() -> None:
 def test_more_validation_examples_than_there_are() -> None:
     config = DataConfig(name=Dataset.DIGITS, validation=1437)
     with pytest.raises(ConfigError, match=r"below 1437.*got 1437"):
-        data.load(config)
+        source.load(config)
 
 
 def test_every_config_file_says_its_own_command_and_is_valid() -> None:

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 
 import flax_resnet
-from flax_resnet import torch_files
 from flax_resnet.config import ResNetConfig, Shortcut
 from flax_resnet.errors import WeightsError
-from flax_resnet.torch_layouts import Layout
-from flax_resnet.torch_weights import from_state_dict
+from flax_resnet.weights import files
+from flax_resnet.weights.layouts import Layout
+from flax_resnet.weights.state_dict import from_state_dict
 from parity_tests.pair import torch
 from torch_ref.resnet import ResNet as TorchResNet
 
@@ -152,7 +152,7 @@ def test_another_shortcut_than_told(told: Shortcut, message: str) -> None:
 def test_what_is_in_doubt_is_said() -> None:
     half = {key: x.half() if x.ndim else x for key, x in make_state().items()}
     half["bn1.num_batches_tracked"] += 5
-    contents = torch_files.unwrap(half)
+    contents = files.unwrap(half)
     assert from_state_dict(contents.state_dict).choices == [
         "float16 numbers widened to float32",
         "step 0 (BatchNorm's counters disagree: 0 to 5)",
@@ -167,7 +167,7 @@ def test_what_is_in_doubt_is_said() -> None:
 def test_what_is_no_state_dict(content: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save(content, path)
-    assert_refused(lambda: torch_files.read(path), "there must be one state dict")
+    assert_refused(lambda: files.read(path), "there must be one state dict")
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ def write_legacy(path: Path) -> None:
 
 
 def write_safetensors(path: Path) -> None:
-    arrays = torch_files.unwrap(make_state()).state_dict
-    torch_files.write(path, arrays, Layout.TWIN)
+    arrays = files.unwrap(make_state()).state_dict
+    files.write(path, arrays, Layout.TWIN)
 
 
 @pytest.mark.parametrize(
@@ -245,9 +245,9 @@ def test_a_truncated_file(write: Callable[[Path], None], name: str, tmp_path: Pa
     whole = path.read_bytes()
     for size in (1, 7, 8, 100, 5000, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
         path.write_bytes(whole[:size])
-        assert_refused(lambda: torch_files.read(path), f"{name} is no ")
+        assert_refused(lambda: files.read(path), f"{name} is no ")
     path.write_bytes(b"")
-    assert_refused(lambda: torch_files.read(path), f"{name} is empty")
+    assert_refused(lambda: files.read(path), f"{name} is empty")
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
@@ -257,7 +257,7 @@ def test_a_truncated_file(write: Callable[[Path], None], name: str, tmp_path: Pa
 def test_a_file_of_another_kind(content: bytes, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    assert_refused(lambda: torch_files.read(path), f"{name} is no ")
+    assert_refused(lambda: files.read(path), f"{name} is no ")
 
 
 @pytest.mark.parametrize("length", [2**40, 2**62, 0])
@@ -266,7 +266,7 @@ def test_a_safetensors_header_that_claims_terabytes(length: int, tmp_path: Path)
     tensor = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
     header = json.dumps({"conv1.weight": tensor}).encode()
     path.write_bytes(struct.pack("<Q", length or len(header)) + header + bytes(64))
-    assert_refused(lambda: torch_files.read(path), "a.safetensors is no safetensors file")
+    assert_refused(lambda: files.read(path), "a.safetensors is no safetensors file")
 
 
 def test_a_tensor_that_is_larger_than_its_file(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_tensor_that_is_larger_than_its_file(tmp_path: Path) -> None:
     torch.save(make_state() | {"fc.bias": torch.zeros(1).expand(2**40)}, path)
     assert path.stat().st_size < 2**20
     assert_refused(
-        lambda: torch_files.read(path),
+        lambda: files.read(path),
         f"the largest is fc.bias, of shape ({2**40},)",
     )
 
@@ -285,13 +285,13 @@ def test_an_archive_that_grows(tmp_path: Path) -> None:
     with zipfile.ZipFile(small) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
-    assert_refused(lambda: torch_files.read(path), "cannot hold")
+    assert_refused(lambda: files.read(path), "cannot hold")
 
 
 def test_a_whole_module_is_not_a_state_dict(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save(TorchResNet(ResNetConfig.paper(8)), path)
-    assert_refused(lambda: torch_files.read(path), "ask for a state dict alone")
+    assert_refused(lambda: files.read(path), "ask for a state dict alone")
 
 
 def test_without_torch_safetensors_still_work(tmp_path: Path) -> None:
@@ -338,9 +338,9 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    arrays = torch_files.unwrap(make_state()).state_dict
+    arrays = files.unwrap(make_state()).state_dict
     with pytest.raises(OSError, match="disk full"):
-        torch_files.write(path, arrays, Layout.TWIN)
+        files.write(path, arrays, Layout.TWIN)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
     assert path.read_text() == "old"
 
@@ -409,7 +409,7 @@ def test_there_and_back_with_the_script(tmp_path: Path) -> None:
     assert "->  module.linear.weight" in table
     content = torch.load(last, weights_only=True)
     assert (content["epoch"], content["best_prec1"]) == (0, 0.0)
-    back = from_state_dict(torch_files.read(last).state_dict)
+    back = from_state_dict(files.read(last).state_dict)
     twin = TorchResNet(back.config)
     twin.load_state_dict(flax_resnet.to_torch(back.model(), step=back.step))
     assert all(torch.equal(x, state[key]) for key, x in twin.state_dict().items())

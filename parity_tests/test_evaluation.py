@@ -24,9 +24,9 @@ from flax import nnx
 from jax import lax
 
 from flax_resnet import resnet
-from flax_resnet.batch_norm import BatchNorm
 from flax_resnet.config import DType, ResNetConfig, Shortcut
-from flax_resnet.cpu import compiler_options
+from flax_resnet.nn.batch_norm import BatchNorm
+from flax_resnet.nn.cpu import compiler_options
 from parity_tests.pair import Pair, images, make_pair, relative, to_torch, torch
 
 SEEDS = range(20)

@@ -8,7 +8,7 @@ import pytest
 
 from flax_resnet.config import Experiment, ProjectionInit
 from flax_resnet.errors import ConfigError
-from flax_resnet.experiments import STUDIES, Job, make_jobs, parse_seeds
+from flax_resnet.studies.recipes import STUDIES, Job, make_jobs, parse_seeds
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_resnet import figures, results
 from flax_resnet.errors import ResultsError
-from flax_resnet.experiments import STUDIES, make_jobs
-from flax_resnet.results import Group
+from flax_resnet.studies import figures, tables
+from flax_resnet.studies.recipes import STUDIES, make_jobs
+from flax_resnet.studies.tables import Group
 
 REFERENCE = Path(__file__).parent.parent.parent / "shared/reference/metrics"
 SEEDS = (0, 1, 2)
@@ -60,7 +60,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def groups(runs: Path) -> list[Group]:
-    return results.group_runs(results.find_runs([runs]))
+    return tables.group_runs(tables.find_runs([runs]))
 
 
 def rows(table: list[str]) -> dict[str, list[str]]:
@@ -70,7 +70,7 @@ def rows(table: list[str]) -> dict[str, list[str]]:
 
 
 def test_the_table_has_mean_and_deviation_of_the_last_errors(runs: Path) -> None:
-    table = rows(results.table(groups(runs), runs))
+    table = rows(tables.table(groups(runs), runs))
     assert list(table)[2:] == ["plain-20", "ResNet-20 A", "plain-56", "ResNet-56 A"]
     for name, network in zip(list(table)[2:], NETWORKS, strict=True):
         mean, deviation = np.mean(ERRORS[network]), np.std(ERRORS[network], ddof=1)
@@ -86,7 +86,7 @@ def test_the_table_has_mean_and_deviation_of_the_last_errors(runs: Path) -> None
 
 def test_a_row_says_what_is_less_than_the_papers(tmp_path: Path) -> None:
     write_run(tmp_path, "A-20-s0", steps=1500, train_examples=49_483, test_examples=9_886)
-    row = rows(results.table(groups(tmp_path), tmp_path))["ResNet-20 A"]
+    row = rows(tables.table(groups(tmp_path), tmp_path))["ResNet-20 A"]
     assert row[1] == "**1,500 of 64,000**, rate ÷ 10 at 750 and 1,125"
     assert row[2] == "**reduced** CIFAR-10: 49,483 + 9,886 images"
     assert row[3] == "**8.10**"  # one run has no deviation
@@ -94,7 +94,7 @@ def test_a_row_says_what_is_less_than_the_papers(tmp_path: Path) -> None:
 
 def test_runs_of_other_steps_are_no_seeds_of_each_other(runs: Path) -> None:
     write_run(runs.parent / "short", "A-20-s0", steps=1500)
-    found = results.group_runs(results.find_runs([runs, runs.parent / "short"]))
+    found = tables.group_runs(tables.find_runs([runs, runs.parent / "short"]))
     labels = [group.label for group in found if group.config.model.depth == 20]
     assert labels == ["plain-20", "ResNet-20 A, 64,000 steps", "ResNet-20 A, 1,500 steps"]
 
@@ -152,20 +152,20 @@ def test_all_figures_are_written_and_the_same_runs_give_the_same_files(runs: Pat
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=r"is no finished run: it has no summary.json"):
-        results.find_runs([tmp_path])
+        tables.find_runs([tmp_path])
     write_run(tmp_path, "A-20-s0")
     (tmp_path / "A-20-s0" / "metrics.jsonl").unlink()
     with pytest.raises(ResultsError, match=r"is damaged: it has no metrics.jsonl"):
-        results.find_runs([tmp_path])
+        tables.find_runs([tmp_path])
 
 
 @pytest.mark.skipif(
     not REFERENCE.is_dir(), reason=f"the reference's metrics are not at {REFERENCE}"
 )
 def test_the_references_numbers_are_its_last_epochs() -> None:
-    curves = results.read_reference(REFERENCE)
+    curves = tables.read_reference(REFERENCE)
     last = {name: sorted(round(x[1, -1], 2) for x in found) for name, found in curves.items()}
-    published = results.PUBLISHED[results.REFERENCE]
+    published = tables.PUBLISHED[tables.REFERENCE]
     assert {name: sorted(x) for name, x in published.items()} == last
 
 
@@ -173,7 +173,7 @@ def test_the_references_curves_are_drawn_beside_ours(runs: Path, tmp_path: Path)
     path = tmp_path / "reference" / "CifarResNet-56-R-A-12_02_54" / "test_errors.npy"
     path.parent.mkdir(parents=True)
     np.save(path, np.array([[0.0, 156.0], [0.6, 0.1]]))
-    reference = results.read_reference(path.parent.parent)
+    reference = tables.read_reference(path.parent.parent)
     left, right = figures.side_by_side(*figures.sides(groups(runs)), reference).axes
     ours, theirs = right.lines[3], right.lines[2]
     np.testing.assert_allclose(theirs.get_xdata(), [391, 157 * 391])
@@ -184,7 +184,7 @@ def test_the_references_curves_are_drawn_beside_ours(runs: Path, tmp_path: Path)
 
 def test_a_family_is_named_only_where_it_tells_networks_apart() -> None:
     ours, theirs = (
-        [results.label(job.config.model) for job in make_jobs(STUDIES[study], ["A-20", "plain-20"])]
+        [tables.label(job.config.model) for job in make_jobs(STUDIES[study], ["A-20", "plain-20"])]
         for study in ("depth", "reference")
     )
     for labels, expected in (

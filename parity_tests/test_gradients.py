@@ -26,13 +26,14 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from flax_resnet import resnet, train
-from flax_resnet.batch_norm import BatchNorm
+from flax_resnet import resnet
 from flax_resnet.config import DType, ResNetConfig, Shortcut
-from flax_resnet.cpu import compiler_options
-from flax_resnet.torch_weights import tree_to_torch
+from flax_resnet.nn.batch_norm import BatchNorm
+from flax_resnet.nn.cpu import compiler_options
+from flax_resnet.step import measure
+from flax_resnet.weights.state_dict import tree_to_torch
 from parity_tests.pair import Pair, images, make_pair, make_twin, relative, to_torch, torch
-from torch_ref import train as torch_train
+from torch_ref import step as torch_step
 
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 1e-12
@@ -54,7 +55,7 @@ def ours(pair: Pair, *, compiled: bool = False) -> Arrays:
 
     def loss_fn(params: Any, image: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         logits = nnx.merge(pair.graphdef, params, pair.batch_stats, copy=True)(image)
-        metrics = train.measure(logits, jnp.asarray(LABEL))
+        metrics = measure(logits, jnp.asarray(LABEL))
         loss = metrics.loss / metrics.examples
         return loss, (loss, logits)
 
@@ -71,7 +72,7 @@ def theirs(pair: Pair) -> Arrays:
     """The same from PyTorch."""
     image = to_torch(images(len(LABEL))).requires_grad_()
     logits = pair.twin.train()(image)
-    metrics = torch_train.measure(logits, torch.tensor(LABEL))
+    metrics = torch_step.measure(logits, torch.tensor(LABEL))
     loss = metrics.loss / metrics.examples
     loss.backward()
     results = {"loss": loss.detach().numpy(), "logits": logits.detach().numpy()}

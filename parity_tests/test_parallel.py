@@ -11,11 +11,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from flax_resnet import data, sharding
 from flax_resnet.config import DType, Experiment, Parallel, ResNetConfig, Shortcut, Statistics
-from flax_resnet.data import Batch
-from flax_resnet.torch_weights import tree_to_torch
-from flax_resnet.train import Metrics, TrainState, init, train_step
+from flax_resnet.data import digits
+from flax_resnet.data.pixels import Batch
+from flax_resnet.parallel import sharding
+from flax_resnet.step import Metrics, TrainState, init, train_step
+from flax_resnet.weights.state_dict import tree_to_torch
 
 BATCH = 16
 TOLERANCE = 1e-12
@@ -28,7 +29,7 @@ def experiment(parallel: Parallel, batch_norm: Statistics) -> Experiment:
 
 def batches(steps: int = 3) -> list[Batch]:
     """Digits, each batch sorted by brightness: the devices' shares differ as much as they can."""
-    train = data.digits()["train"]
+    train = digits.load()["train"]
     order = np.argsort(train.image.mean((1, 2, 3)))[:: 1437 // (steps * BATCH)][: steps * BATCH]
     image = train.image[order].astype(np.float64) / 255
     image, label = image.reshape(BATCH, steps, 32, 32, 3), train.label[order].reshape(BATCH, steps)

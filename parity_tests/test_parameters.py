@@ -5,7 +5,7 @@ from flax.traverse_util import flatten_dict
 
 from flax_resnet.config import Projection, ResNetConfig, Shortcut, Stem
 from flax_resnet.errors import ConfigError
-from flax_resnet.torch_weights import abstract
+from flax_resnet.resnet import abstract
 
 
 def count(config: ResNetConfig) -> int:

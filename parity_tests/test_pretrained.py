@@ -14,12 +14,15 @@ import pytest
 import safetensors.numpy
 
 import flax_resnet
-from flax_resnet import pretrained, workdir
-from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import Dataset, Experiment, ResNetConfig, Shortcut
-from flax_resnet.data import digits, make_normalization
+from flax_resnet.data import digits
+from flax_resnet.data.pixels import make_normalization
 from flax_resnet.errors import WeightsError
-from flax_resnet.train import init, split
+from flax_resnet.resnet import split
+from flax_resnet.step import init
+from flax_resnet.training import workdir
+from flax_resnet.training.checkpoint import Checkpoints
+from flax_resnet.weights import pretrained
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,7 +92,7 @@ def test_the_card_says_what_the_run_says(weights: Path) -> None:
     assert (card.tree["test_error"], card.tree["test_loss"]) == (0.25, 1.5)
     assert card.tree["examples"] == {"train": 1437, "test": 360}
     assert card.config.seed == 4
-    expected = make_normalization(card.config.data.preprocess, digits()["train"].image)
+    expected = make_normalization(card.config.data.preprocess, digits.load()["train"].image)
     for ours, theirs in zip(card.normalization, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -103,7 +106,7 @@ def test_the_card_says_how_parity_was_checked(weights: Path) -> None:
 
 def test_pytorchs_twin_reads_the_same_file(weights: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is the reader")
-    from flax_resnet.torch_files import read, tensors
+    from flax_resnet.weights.files import read, tensors
     from torch_ref.resnet import ResNet as Twin
 
     Twin(ResNetConfig.paper(8, Shortcut.PLAIN)).load_state_dict(tensors(read(weights).state_dict))

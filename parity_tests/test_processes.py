@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from flax_resnet import processes, sharding, train
-from flax_resnet.checkpoint import load_state
 from flax_resnet.config import Parallel
 from flax_resnet.errors import ConfigError
-from flax_resnet.loop import fit
-from flax_resnet.workdir import read_config
+from flax_resnet.parallel import processes, sharding
+from flax_resnet.step import init
+from flax_resnet.training.checkpoint import load_state
+from flax_resnet.training.loop import fit
+from flax_resnet.training.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
@@ -127,7 +128,7 @@ def test_one_process_on_one_device_goes_on_from_there(
     workdir = stopped[0]
     fit_on(1, workdir, like=workdir)
     np.testing.assert_allclose(losses(workdir), losses(one_process), rtol=np.finfo(np.float32).eps)
-    like = train.init(read_config(workdir))[1]
+    like = init(read_config(workdir))[1]
     ours, theirs = load_state(workdir, like), load_state(one_process, like)
     assert int(ours.step) == STEPS
     for a, b in zip(jax.tree.leaves(ours[1:4]), jax.tree.leaves(theirs[1:4]), strict=True):

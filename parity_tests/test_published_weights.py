@@ -20,17 +20,18 @@ import pytest
 from jax.sharding import AxisType
 
 import flax_resnet
-from flax_resnet import cifar10, data, torch_files
-from flax_resnet.cifar10 import Examples
 from flax_resnet.config import ChannelPad, Preprocess, Shortcut
-from flax_resnet.cpu import compiler_options
-from flax_resnet.data import Normalization
-from flax_resnet.evaluation import make_evaluate_as_reference
-from flax_resnet.torch_layouts import Layout, StateDict, to_name
-from flax_resnet.torch_weights import UNUSED, Imported, from_state_dict
-from flax_resnet.train import AXIS
+from flax_resnet.data import cifar10, pixels
+from flax_resnet.data.examples import Examples
+from flax_resnet.data.pixels import Normalization
+from flax_resnet.nn.cpu import compiler_options
+from flax_resnet.parallel.sharding import AXIS
+from flax_resnet.training.evaluation import make_evaluate_as_reference
+from flax_resnet.weights import files
+from flax_resnet.weights.layouts import Layout, StateDict, to_name
+from flax_resnet.weights.state_dict import UNUSED, Imported, from_state_dict
 from parity_tests.pair import images, relative, to_torch, torch
-from torch_ref import data as torch_data
+from torch_ref import pixels as torch_pixels
 from torch_ref.resnet import ResNet as TorchResNet
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -69,11 +70,11 @@ BOTH = [pytest.param(p, id=p.layout.value) for p in (AKAMASTER, REFERENCE)]
 BATCH_SIZE = 200
 
 
-def read(published: Published) -> torch_files.Contents:
+def read(published: Published) -> files.Contents:
     path = SHARED / "checkpoints" / published.file
     if not path.is_file():
         pytest.skip(f"there is no {path}")
-    return torch_files.read(path)
+    return files.read(path)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_split() -> Examples:
 
 def constants_of(published: Published) -> Normalization:
     no_image = np.zeros((1, 32, 32, 3), np.uint8)  # neither needs the training images
-    return data.make_normalization(published.preprocess, no_image)
+    return pixels.make_normalization(published.preprocess, no_image)
 
 
 def twin_of(imported: Imported, state_dict: StateDict) -> TorchResNet:
@@ -94,13 +95,13 @@ def twin_of(imported: Imported, state_dict: StateDict) -> TorchResNet:
     known = twin.state_dict()
     named = {to_name(key, imported.layout, state_dict): key for key in state_dict}
     arrays = {name: state_dict[key] for name, key in named.items() if name in known}
-    twin.load_state_dict(torch_files.tensors(arrays))
+    twin.load_state_dict(files.tensors(arrays))
     return twin
 
 
 def flax_logits(model: Any, image: np.ndarray, constants: Normalization) -> np.ndarray:
     call = jax.jit(
-        lambda x: model(data.normalize(x, constants, jnp.float32)),
+        lambda x: model(pixels.normalize(x, constants, jnp.float32)),
         compiler_options=compiler_options(),
     )
     size = len(image)
@@ -112,7 +113,7 @@ def flax_logits(model: Any, image: np.ndarray, constants: Normalization) -> np.n
 @torch.inference_mode()
 def torch_logits(twin: torch.nn.Module, image: np.ndarray, constants: Normalization) -> np.ndarray:
     parts = [
-        twin(torch_data.normalize(image[i : i + BATCH_SIZE], *constants))
+        twin(torch_pixels.normalize(image[i : i + BATCH_SIZE], *constants))
         for i in range(0, len(image), BATCH_SIZE)
     ]
     return torch.cat(parts).numpy()
@@ -187,7 +188,7 @@ def test_evaluating_as_the_reference_did(test_split: Examples) -> None:
 
     def evaluate_theirs(size: int) -> dict[str, float]:
         with torch.no_grad():
-            x = torch_data.normalize(examples.image, *constants)
+            x = torch_pixels.normalize(examples.image, *constants)
             logits = torch.cat([twin(part) for part in x.split(size)])
         error = (logits.argmax(1) != label).float().mean()
         return {
@@ -273,7 +274,7 @@ def test_files_of_the_torchvision_layout(shortcut: Shortcut, wrapped: bool, tmp_
     image = images(4, seed=1)
     with torch.no_grad():
         theirs = net(to_torch(image))
-    contents = torch_files.read(path)
+    contents = files.read(path)
     imported = from_state_dict(contents.state_dict, depth=14)
     assert (imported.layout, imported.config.shortcut) == (Layout.TORCHVISION, shortcut)
     assert imported.step == 3

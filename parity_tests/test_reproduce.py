@@ -17,8 +17,8 @@ import filelock
 import numpy as np
 import pytest
 
-from flax_resnet import sweep
-from flax_resnet.experiments import STUDIES, make_jobs
+from flax_resnet.studies import sweep
+from flax_resnet.studies.recipes import STUDIES, make_jobs
 
 ROOT = Path(__file__).parent.parent
 STEPS = 200

@@ -8,10 +8,10 @@ batches.
 import numpy as np
 import pytest
 
-from flax_resnet import measurements
-from flax_resnet.cifar10 import Examples
 from flax_resnet.config import DType, Experiment, ResNetConfig, Shortcut
-from flax_resnet.data import Normalization
+from flax_resnet.data.examples import Examples
+from flax_resnet.data.pixels import Normalization
+from flax_resnet.studies import responses
 from parity_tests.pair import Pair, make_pair, to_torch, torch
 
 CONSTANTS = Normalization(1 / 255, np.full(3, 0.5), np.full(3, 0.25))
@@ -50,9 +50,9 @@ def theirs(pair: Pair) -> dict[str, float]:
     ids=["plain", "C", "reference"],
 )
 def test_responses_are_pytorchs(model: ResNetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurements, "BATCH_SIZE", 4)  # batches of 4, 4 and 3
+    monkeypatch.setattr(responses, "BATCH_SIZE", 4)  # batches of 4, 4 and 3
     pair = make_pair(model)
-    ours = measurements.layer_responses(
+    ours = responses.layer_responses(
         Experiment(model=model), pair.params, pair.batch_stats, examples(), CONSTANTS
     )
     expected = theirs(pair)

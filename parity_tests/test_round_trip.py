@@ -22,24 +22,25 @@ import optax
 import pytest
 
 import flax_resnet
-from flax_resnet import torch_files
 from flax_resnet.config import DType, Experiment, OptimConfig, ResNetConfig, Shortcut
-from flax_resnet.cpu import compiler_options
-from flax_resnet.data import Batch
+from flax_resnet.data.pixels import Batch
 from flax_resnet.errors import WeightsError
-from flax_resnet.torch_layouts import Layout, check_layout, to_key, unused_projections
-from flax_resnet.torch_weights import (
-    abstract,
+from flax_resnet.nn.cpu import compiler_options
+from flax_resnet.nn.scan import Tree
+from flax_resnet.resnet import abstract, split
+from flax_resnet.step import init, train_step
+from flax_resnet.weights import files
+from flax_resnet.weights.layouts import Layout, check_layout, to_key, unused_projections
+from flax_resnet.weights.state_dict import (
     from_state_dict,
     momentum_from_torch,
     momentum_to_torch,
     to_state_dict,
     tree_to_torch,
 )
-from flax_resnet.train import Tree, init, split, train_step
 from parity_tests.pair import images, make_twin, to_torch, torch
-from torch_ref import train as torch_train
-from torch_ref.data import Batch as TorchBatch
+from torch_ref import step as torch_step
+from torch_ref.pixels import Batch as TorchBatch
 from torch_ref.resnet import ResNet as TorchResNet
 
 FAMILIES = {
@@ -107,7 +108,7 @@ def test_pytorch_to_flax_to_pytorch(layout: Layout, family: str, shortcut: Short
     assert_same_bits(back, state)
 
 
-@pytest.mark.parametrize("suffix", torch_files.SUFFIXES)
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
 @pytest.mark.parametrize("layout", Layout, ids=lambda x: x.value)
 def test_models_through_files(layout: Layout, suffix: str, tmp_path: Path) -> None:
     is_reference = layout is Layout.REFERENCE
@@ -115,14 +116,14 @@ def test_models_through_files(layout: Layout, suffix: str, tmp_path: Path) -> No
     first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"
     params, batch_stats = random_trees(config)
     state = to_state_dict(config, params, batch_stats, layout=layout)
-    torch_files.write(first, state, layout)
+    files.write(first, state, layout)
     model = flax_resnet.from_torch(first)
     assert_same_bits(split(model)[1:], (params, batch_stats))
     assert not any(module.use_running_average is False for module in batch_norms(model))
     tensors = flax_resnet.to_torch(model, layout=layout)
     assert_same_bits({key: x.numpy() for key, x in tensors.items()}, state)
-    torch_files.write(second, torch_files.unwrap(tensors).state_dict, layout)
-    assert_same_bits(torch_files.read(second).state_dict, state)
+    files.write(second, files.unwrap(tensors).state_dict, layout)
+    assert_same_bits(files.read(second).state_dict, state)
     assert sorted(path.name for path in tmp_path.iterdir()) == [first.name, second.name]
 
 
@@ -201,12 +202,12 @@ class Torch:
 
     def __init__(self, config: Experiment):
         self.config = config
-        self.state = torch_train.init(config)
+        self.state = torch_step.init(config)
 
     def run(self, start: int) -> None:
         for step in range(start, start + STEPS):
             image, label = batch(step)
-            torch_train.train_step(self.state, TorchBatch(to_torch(image), torch.tensor(label)))
+            torch_step.train_step(self.state, TorchBatch(to_torch(image), torch.tensor(label)))
 
     def weights(self) -> dict[str, np.ndarray]:
         state = self.state.model.state_dict().items()
@@ -222,8 +223,8 @@ class Torch:
         arrays = to_state_dict(
             self.config.model, state.params, state.batch_stats, step=int(state.step)
         )
-        self.state.model.load_state_dict(torch_files.tensors(arrays))
-        buffers = torch_files.tensors(other.momentum())
+        self.state.model.load_state_dict(files.tensors(arrays))
+        buffers = files.tensors(other.momentum())
         for name, p in self.state.model.named_parameters():
             buffer = buffers[name] if momentum else torch.zeros_like(p)
             self.state.optimizer.state[p]["momentum_buffer"] = buffer

@@ -14,15 +14,16 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from flax_resnet import data, sharding
-from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import DType, Experiment, ResNetConfig, Shortcut
-from flax_resnet.convolution import NHWC, convolve
-from flax_resnet.loop import compile_steps, draw_steps
-from flax_resnet.resnet import ResNet
-from flax_resnet.stacking import stack, unstack
-from flax_resnet.torch_weights import to_state_dict
-from flax_resnet.train import TrainState, init, split
+from flax_resnet.data import digits, pixels
+from flax_resnet.nn.convolution import NHWC, convolve
+from flax_resnet.nn.scan import stack, unstack
+from flax_resnet.parallel import sharding
+from flax_resnet.resnet import ResNet, split
+from flax_resnet.step import TrainState, init
+from flax_resnet.training.checkpoint import Checkpoints
+from flax_resnet.training.loop import compile_steps, draw_steps
+from flax_resnet.weights.state_dict import to_state_dict
 
 TOLERANCE = 1e-12
 STEPS = 3
@@ -37,8 +38,8 @@ def experiment(**settings: bool) -> Experiment:
 
 def run(config: Experiment, sizes: tuple[int, ...]) -> tuple[TrainState, list[float]]:
     """Calls of so many steps each; the state block by block, and the loss after every call."""
-    examples = data.digits()["train"]
-    constants = data.make_normalization(config.data.preprocess, examples.image)
+    examples = digits.load()["train"]
+    constants = pixels.make_normalization(config.data.preprocess, examples.image)
     mesh = sharding.data_mesh()
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), mesh.axis_names)
     program, state = init(config)

@@ -26,8 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_resnet import data, train
-from flax_resnet.cifar10 import Examples
 from flax_resnet.config import (
     DataConfig,
     Dataset,
@@ -38,12 +36,14 @@ from flax_resnet.config import (
     Shortcut,
     TrainConfig,
 )
-from flax_resnet.data import Draw
-from flax_resnet.torch_weights import to_state_dict, tree_to_torch
-from flax_resnet.train import Metrics, TrainState
+from flax_resnet.data import order, pixels, source
+from flax_resnet.data.examples import Examples
+from flax_resnet.data.order import Draw
+from flax_resnet.step import Metrics, TrainState, init, train_step
+from flax_resnet.weights.state_dict import to_state_dict, tree_to_torch
 from parity_tests.pair import torch
-from torch_ref import data as torch_data
-from torch_ref import train as torch_train
+from torch_ref import pixels as torch_pixels
+from torch_ref import step as torch_step
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "tfds"
 STEPS = 200
@@ -58,7 +58,7 @@ BATCH_SIZE = {DType.FLOAT64: 4, DType.FLOAT32: 8}
 )
 def examples(request: pytest.FixtureRequest) -> Examples:
     """Real photographs where they are, else scikit-learn's digits."""
-    return data.load(DataConfig(name=request.param, dir=str(REAL)))["train"]
+    return source.load(DataConfig(name=request.param, dir=str(REAL)))["train"]
 
 
 def experiment(shortcut: Shortcut, dtype: DType, **changed_rates: float) -> Experiment:
@@ -69,9 +69,9 @@ def experiment(shortcut: Shortcut, dtype: DType, **changed_rates: float) -> Expe
     )
 
 
-def make_twin(config: Experiment, ours: TrainState, nudge: int = 0) -> torch_train.TrainState:
+def make_twin(config: Experiment, ours: TrainState, nudge: int = 0) -> torch_step.TrainState:
     """PyTorch's program with our first weights, each moved by a rounding or not if `nudge`."""
-    twin = torch_train.init(config)
+    twin = torch_step.init(config)
     state = to_state_dict(config.model, ours.params, ours.batch_stats)
     twin.model.load_state_dict({key: torch.from_numpy(array) for key, array in state.items()})
     if nudge:
@@ -86,35 +86,35 @@ def make_twin(config: Experiment, ours: TrainState, nudge: int = 0) -> torch_tra
 def lockstep(
     config: Experiment,
     examples: Examples,
-    twins: list[torch_train.TrainState],
+    twins: list[torch_step.TrainState],
     steps: int = STEPS,
 ) -> tuple[TrainState, np.ndarray]:
     """Our state after the steps, and the mean loss by (program, step), ours first."""
     dtype, batch_size = config.model.dtype.value, config.train.batch_size
-    constants = data.make_normalization(config.data.preprocess, examples.image)
-    program, ours = train.init(config)
+    constants = pixels.make_normalization(config.data.preprocess, examples.image)
+    program, ours = init(config)
     on_device = jax.device_put(examples)
 
     @jax.jit
     def step_fn(state: TrainState, examples: Examples, drawn: Draw) -> tuple[TrainState, Metrics]:
-        batch = data.training_batch(examples, drawn, constants, config.data.pad, jnp.dtype(dtype))
-        return train.train_step(program, state, batch)
+        batch = pixels.training_batch(examples, drawn, constants, config.data.pad, jnp.dtype(dtype))
+        return train_step(program, state, batch)
 
     losses = []
     for step in range(steps):
-        drawn = data.draw(config.data, config.seed, step, batch_size, len(examples.label))
+        drawn = order.draw(config.data, config.seed, step, batch_size, len(examples.label))
         ours, metrics = step_fn(ours, on_device, drawn)  # runs while PyTorch does
-        image = torch_data.normalize(
+        image = torch_pixels.normalize(
             examples.image[drawn.indices], *constants, getattr(torch, dtype)
         )
-        image = torch_data.crop_and_flip(image, drawn.offset, drawn.flip, config.data.pad)
+        image = torch_pixels.crop_and_flip(image, drawn.offset, drawn.flip, config.data.pad)
         label = torch.tensor(examples.label[drawn.indices], dtype=torch.int64)
-        theirs = [torch_train.train_step(t, torch_data.Batch(image, label)) for t in twins]
+        theirs = [torch_step.train_step(t, torch_pixels.Batch(image, label)) for t in twins]
         losses.append([metrics.loss, *(float(m.loss) for m in theirs)])
     return ours, np.array(jax.device_get(losses), np.float64).T / batch_size
 
 
-def difference(ours: TrainState, twin: torch_train.TrainState) -> dict[str, float]:
+def difference(ours: TrainState, twin: torch_step.TrainState) -> dict[str, float]:
     """The largest of any tensor of each kind, relative to that tensor's largest value."""
     theirs = {name: p.detach() for name, p in twin.model.named_parameters()}
     momentum = {
@@ -140,7 +140,7 @@ def test_float64_weights_are_pytorchs_after_200_steps(
     examples: Examples, shortcut: Shortcut
 ) -> None:
     config = experiment(shortcut, DType.FLOAT64)
-    twin = make_twin(config, train.init(config)[1])
+    twin = make_twin(config, init(config)[1])
     ours, (our_loss, their_loss) = lockstep(config, examples, [twin])
     assert max(difference(ours, twin).values()) <= 1e-9
     np.testing.assert_allclose(our_loss, their_loss, rtol=1e-9)
@@ -148,7 +148,7 @@ def test_float64_weights_are_pytorchs_after_200_steps(
 
 def test_float32_losses_stay_together_as_pytorchs_own_do(examples: Examples) -> None:
     config = experiment(Shortcut.A, DType.FLOAT32)
-    state = train.init(config)[1]
+    state = init(config)[1]
     twins = [make_twin(config, state, nudge) for nudge in range(4)]
     mutants = [
         make_twin(experiment(Shortcut.A, DType.FLOAT32, **change), state)
@@ -170,7 +170,7 @@ def test_float32_losses_stay_together_as_pytorchs_own_do(examples: Examples) -> 
 def test_a_mutant_fails(examples: Examples) -> None:
     """One part in a hundred of any constant shows within 20 steps."""
     config = experiment(Shortcut.A, DType.FLOAT64)
-    state = train.init(config)[1]
+    state = init(config)[1]
     changes: dict[str, dict[str, float]] = {
         "nothing": {},
         "weight decay": {"weight_decay": 1.01e-4},

@@ -41,7 +41,7 @@ PHASES = flags.DEFINE_list("phases", ["train", "eval"], "train, eval")
 REPEATS = flags.DEFINE_integer("repeats", 5, "rounds that count", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 2.0, "how long one variant runs in a round")
 FRAMEWORKS = flags.DEFINE_list("frameworks", ["flax", "torch"], "flax, torch")
-CURES = flags.DEFINE_bool("cures", False, "also leave out each of `flax_resnet.cpu`'s cures")
+CURES = flags.DEFINE_bool("cures", False, "also leave out each of `flax_resnet/nn/cpu.py`'s cures")
 SCANS = flags.DEFINE_list("scans", [], "more Flax variants: so many steps per call")
 XLA_FLAGS = flags.DEFINE_multi_string(
     "xla_flags", [], "more Flax variants, of all numbers of steps: with this in XLA_FLAGS"
@@ -82,17 +82,19 @@ def prepare_flax(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
     """The job's steps, and what to measure about them when all rounds are over."""
     import jax
 
-    from flax_resnet import cpu, data, sharding
-    from flax_resnet.evaluation import make_evaluate
-    from flax_resnet.loop import compile_steps, draw_steps
-    from flax_resnet.train import init
+    from flax_resnet.data import pixels
+    from flax_resnet.nn import cpu
+    from flax_resnet.parallel import sharding
+    from flax_resnet.step import init
+    from flax_resnet.training.evaluation import make_evaluate
+    from flax_resnet.training.loop import compile_steps, draw_steps
 
     jax.config.update("jax_enable_x64", job.config.model.dtype is DType.FLOAT64)
     cpu.left_out.update(job.left_out)
     cpu.keep_memory()
     config = job.config
     examples = random_examples()
-    constants = data.make_normalization(config.data.preprocess, examples.image)
+    constants = pixels.make_normalization(config.data.preprocess, examples.image)
     mesh = sharding.data_mesh()
     began = time.perf_counter()
     program, state = init(config, mesh.size)
@@ -179,16 +181,16 @@ def prepare_torch(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
     """As `prepare_flax`, with the data, too, on the device."""
     import torch
 
-    from flax_resnet import data
-    from flax_resnet.loop import draw_steps
-    from torch_ref import data as torch_data
-    from torch_ref.train import eval_step, init, measure
+    from flax_resnet.data import pixels
+    from flax_resnet.training.loop import draw_steps
+    from torch_ref import pixels as torch_pixels
+    from torch_ref.step import eval_step, init, measure
 
     config, device = job.config, "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     examples = random_examples()
-    normalization = data.make_normalization(config.data.preprocess, examples.image)
+    normalization = pixels.make_normalization(config.data.preprocess, examples.image)
     image = torch.tensor(examples.image, device=device)
     label = torch.tensor(examples.label, device=device).long()
     dtype = torch.float64 if config.model.dtype is DType.FLOAT64 else torch.float32
@@ -211,8 +213,8 @@ def prepare_torch(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
         return tuple(torch.as_tensor(x[0]).to(device, non_blocking=True) for x in drawn)
 
     def train(indices: Any, offset: Any, flip: Any) -> None:
-        x = torch_data.normalize(image[indices], *constants, dtype)
-        x = torch_data.crop_and_flip(x, offset, flip, config.data.pad)
+        x = torch_pixels.normalize(image[indices], *constants, dtype)
+        x = torch_pixels.crop_and_flip(x, offset, flip, config.data.pad)
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast:
             metrics = measure(forward(x), label[indices])
@@ -230,10 +232,10 @@ def prepare_torch(job: Job) -> tuple[Ready, Steps, Callable[[], Row]]:
         def steps(count: int) -> None:
             for i in range(count):
                 part = torch.arange(i % 4 * size, (i % 4 + 1) * size, device=device) % NUM_EXAMPLES
-                x = torch_data.normalize(image[part], *constants, dtype)
+                x = torch_pixels.normalize(image[part], *constants, dtype)
                 x = x.contiguous(memory_format=torch.channels_last)
                 with autocast:
-                    eval_step(forward, torch_data.Batch(x, label[part]))
+                    eval_step(forward, torch_pixels.Batch(x, label[part]))
             wait()
     elif job.variant == "cuda graph":
         slots = draw(0)
@@ -350,7 +352,7 @@ def make_jobs(config: Experiment, phase: str) -> list[Job]:
             environment = (("XLA_FLAGS", all_flags),) if xla_flags else ()
             jobs.append(Job("flax", " ".join(names) or "default", phase, settings, (), environment))
         if CURES.value and phase == "train":
-            from flax_resnet.cpu import CURES as cures
+            from flax_resnet.nn.cpu import CURES as cures
 
             for cure in [*((cure,) for cure in cures), cures]:
                 name = f"without {cure[0]}" if len(cure) == 1 else "without any cure"
@@ -376,7 +378,7 @@ def cpu_name() -> str:
 
 
 def random_examples() -> Any:
-    from flax_resnet.cifar10 import Examples
+    from flax_resnet.data.examples import Examples
 
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (NUM_EXAMPLES, 32, 32, 3), np.uint8)

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from flax_resnet import cli, torch_files, workdir
-from flax_resnet.checkpoint import Checkpoints, load_state
+from flax_resnet import cli
 from flax_resnet.config import (
     ChannelPad,
     DataConfig,
@@ -30,8 +29,12 @@ from flax_resnet.config import (
 )
 from flax_resnet.errors import ConfigError
 from flax_resnet.optim import make_optimizer
-from flax_resnet.torch_layouts import USUAL_PREPROCESS, Layout, StateDict, to_key, to_name
-from flax_resnet.torch_weights import (
+from flax_resnet.step import Metrics, TrainState, init
+from flax_resnet.training import workdir
+from flax_resnet.training.checkpoint import Checkpoints, load_state
+from flax_resnet.weights import files
+from flax_resnet.weights.layouts import USUAL_PREPROCESS, Layout, StateDict, to_key, to_name
+from flax_resnet.weights.state_dict import (
     COUNTER,
     UNUSED,
     Imported,
@@ -39,8 +42,7 @@ from flax_resnet.torch_weights import (
     from_state_dict,
     to_state_dict,
 )
-from flax_resnet.train import Metrics, TrainState, init
-from torch_ref.agreement import NUM_IMAGES, logit_differences
+from torch_ref.compare.agreement import NUM_IMAGES, logit_differences
 
 LAYOUT = flags.DEFINE_enum_class("layout", Layout.TWIN, Layout, "keys of the PyTorch file to write")
 SHORTCUT = flags.DEFINE_enum_class(
@@ -73,7 +75,7 @@ def main(src: str, dst: str) -> None:
         )
         print_written(imported, state_dict, layout)
         compare(imported, state_dict, layout)
-        torch_files.write(target, state_dict, layout)
+        files.write(target, state_dict, layout)
     print(f"written: {target}")
 
 
@@ -81,7 +83,7 @@ def main(src: str, dst: str) -> None:
 
 
 def read_torch(path: Path) -> tuple[Imported, StateDict]:
-    contents = torch_files.read(path)
+    contents = files.read(path)
     imported = from_state_dict(
         contents.state_dict,
         shortcut=SHORTCUT.value,
@@ -127,11 +129,11 @@ def describe(config: ResNetConfig) -> str:
 
 def is_directory_name(dst: str) -> bool:
     suffix = Path(dst).suffix
-    if suffix in torch_files.SUFFIXES:
+    if suffix in files.SUFFIXES:
         return False
     if suffix and not dst.endswith(os.sep):
         raise ConfigError(
-            f"DST must end in one of {', '.join(torch_files.SUFFIXES)}, or in no such ending or a "
+            f"DST must end in one of {', '.join(files.SUFFIXES)}, or in no such ending or a "
             f"slash for a directory, got {dst}"
         )
     return True

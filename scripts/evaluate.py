@@ -17,15 +17,20 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from flax_resnet import cli, data, sharding, torch_files, workdir
-from flax_resnet.checkpoint import load_state
+from flax_resnet import cli
 from flax_resnet.config import DataConfig, Experiment, Preprocess
+from flax_resnet.data import pixels, source
 from flax_resnet.errors import ConfigError
-from flax_resnet.evaluation import make_evaluate, make_evaluate_as_reference
+from flax_resnet.nn.scan import Tree
+from flax_resnet.parallel import sharding
 from flax_resnet.resnet import param_dtype
-from flax_resnet.torch_layouts import USUAL_PREPROCESS
-from flax_resnet.torch_weights import from_state_dict
-from flax_resnet.train import Tree, init
+from flax_resnet.step import init
+from flax_resnet.training import workdir
+from flax_resnet.training.checkpoint import load_state
+from flax_resnet.training.evaluation import make_evaluate, make_evaluate_as_reference
+from flax_resnet.weights import files
+from flax_resnet.weights.layouts import USUAL_PREPROCESS
+from flax_resnet.weights.state_dict import from_state_dict
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "WORKDIR, WORKDIR/checkpoints/STEP or a PyTorch file"
@@ -51,9 +56,9 @@ def main() -> None:
     path = Path(CHECKPOINT.value)
     config, params, batch_stats, title = read_run(path) if path.is_dir() else read_torch(path)
     print(f"{title}, preprocess {config.data.preprocess.value}")
-    splits = data.load(config.data)
+    splits = source.load(config.data)
     mesh = sharding.data_mesh()
-    constants = data.make_normalization(config.data.preprocess, splits["train"].image)
+    constants = pixels.make_normalization(config.data.preprocess, splits["train"].image)
     if BATCH_STATISTICS.value:
         evaluate = make_evaluate_as_reference(config.model, constants, mesh)
     else:
@@ -81,7 +86,7 @@ def read_run(path: Path) -> Subject:
 
 
 def read_torch(path: Path) -> Subject:
-    contents = torch_files.read(path)
+    contents = files.read(path)
     told = cli.overrides()
     jax.config.update("jax_enable_x64", True)  # the file may hold float64; `override` decides
     imported = from_state_dict(

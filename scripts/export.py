@@ -13,13 +13,16 @@ from typing import Any
 import jax
 from absl import flags
 
-from flax_resnet import cli, data, pretrained, torch_files, workdir
-from flax_resnet.checkpoint import load_state
+from flax_resnet import cli
 from flax_resnet.config import DType, ResNetConfig
+from flax_resnet.data import pixels
 from flax_resnet.errors import ConfigError, WeightsError
-from flax_resnet.report import read_metrics
-from flax_resnet.torch_weights import from_state_dict
-from flax_resnet.train import init
+from flax_resnet.step import init
+from flax_resnet.training import workdir
+from flax_resnet.training.checkpoint import load_state
+from flax_resnet.training.metrics_log import read_metrics
+from flax_resnet.weights import files, pretrained
+from flax_resnet.weights.state_dict import from_state_dict
 
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace OUT if it is there")
 
@@ -34,8 +37,8 @@ def main(source: str, out: str) -> None:
         jax.config.update("jax_enable_x64", True)
     state = load_state(directory, jax.eval_shape(lambda: init(config)[1]), step)
     params, batch_stats = jax.device_get((state.params, state.batch_stats))
-    splits = data.load(config.data)
-    constants = data.make_normalization(config.data.preprocess, splits["train"].image)
+    splits = source.load(config.data)
+    constants = pixels.make_normalization(config.data.preprocess, splits["train"].image)
     sizes = {split: len(examples.label) for split, examples in splits.items()}
     facts = {"examples": sizes} | measured(directory, int(state.step))
     arguments = (config, params, batch_stats, constants, int(state.step))
@@ -75,10 +78,10 @@ def check(path: Path, model: ResNetConfig) -> dict[str, Any]:
     try:
         import torch
 
-        from torch_ref.agreement import NUM_IMAGES, logit_differences
+        from torch_ref.compare.agreement import NUM_IMAGES, logit_differences
     except ImportError:
         return {"checked": False, "why": "PyTorch is not installed"}
-    state_dict = torch_files.read(path).state_dict
+    state_dict = files.read(path).state_dict
     imported = from_state_dict(state_dict, shortcut=model.shortcut, channel_pad=model.channel_pad)
     # Both networks as the card says, not as the file's keys suggest.
     found = logit_differences(imported._replace(config=model.block_by_block()), state_dict)

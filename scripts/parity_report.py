@@ -26,13 +26,16 @@ import torch
 from absl import flags
 from flax import nnx
 
-from flax_resnet import cli, torch_files, workdir
-from flax_resnet.checkpoint import load_state
+from flax_resnet import cli
 from flax_resnet.config import ChannelPad, DType, Experiment, ResNetConfig, Shortcut
 from flax_resnet.errors import WeightsError
-from flax_resnet.resnet import ResNet
-from flax_resnet.torch_weights import abstract, from_state_dict, to_state_dict, tree_to_torch
-from flax_resnet.train import Tree, init
+from flax_resnet.nn.scan import Tree
+from flax_resnet.resnet import ResNet, abstract
+from flax_resnet.step import init
+from flax_resnet.training import workdir
+from flax_resnet.training.checkpoint import load_state
+from flax_resnet.weights import files
+from flax_resnet.weights.state_dict import from_state_dict, to_state_dict, tree_to_torch
 from torch_ref.resnet import ResNet as TorchResNet
 
 ROUNDING = 1e-9  # float64: a ten-thousandth of one BatchNorm scale already gives 1.7e-5
@@ -114,7 +117,7 @@ def load(source: str) -> Weights:
         state = load_state(directory, init(config)[1], step)
         return Weights(config.model, state.params, state.batch_stats)
     imported = from_state_dict(
-        torch_files.read(path).state_dict, shortcut=SHORTCUT.value, channel_pad=CHANNEL_PAD.value
+        files.read(path).state_dict, shortcut=SHORTCUT.value, channel_pad=CHANNEL_PAD.value
     )
     for choice in imported.choices:
         print(f"{path}: {choice}")

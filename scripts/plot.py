@@ -12,7 +12,8 @@ from pathlib import Path
 
 from absl import flags
 
-from flax_resnet import cli, figures, results
+from flax_resnet import cli
+from flax_resnet.studies import figures, tables
 
 OUT = flags.DEFINE_string("out", None, "directory for the figures; made if need be")
 REFERENCE = flags.DEFINE_string(
@@ -24,16 +25,16 @@ INDEX = flags.DEFINE_bool("index", False, "write the table of all experiments in
 def main(*runs: str) -> None:
     if INDEX.value:
         for root in runs:
-            results.write_index(Path(root))
+            tables.write_index(Path(root))
         return
-    groups = results.group_runs(results.find_runs(map(Path, runs)))
-    print("\n".join(results.table(groups, Path.cwd())))
+    groups = tables.group_runs(tables.find_runs(map(Path, runs)))
+    print("\n".join(tables.table(groups, Path.cwd())))
     if OUT.value:
         out = Path(OUT.value)
-        reference = results.read_reference(Path(REFERENCE.value)) if REFERENCE.value else None
+        reference = tables.read_reference(Path(REFERENCE.value)) if REFERENCE.value else None
         drawn = figures.draw_all(groups, out, reference)
         if list(out.glob("*/summary.json")):
-            results.write_readme(out, drawn)
+            tables.write_readme(out, drawn)
         print(f"written to {out}: {', '.join(drawn) or 'nothing'}", file=sys.stderr)
 
 

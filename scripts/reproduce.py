@@ -15,11 +15,13 @@ from pathlib import Path
 
 from absl import flags
 
-from flax_resnet import cli, experiments, figures, results, sweep, workdir
+from flax_resnet import cli
 from flax_resnet.errors import ConfigError
-from flax_resnet.experiments import Job
-from flax_resnet.loop import fit
-from flax_resnet.measurements import measure
+from flax_resnet.studies import figures, recipes, sweep, tables
+from flax_resnet.studies.recipes import Job
+from flax_resnet.studies.responses import measure
+from flax_resnet.training import workdir
+from flax_resnet.training.loop import fit
 
 SEEDS = flags.DEFINE_string("seeds", "1", "how many (5), from..to (0..4), or which (0,3)")
 STEPS = flags.DEFINE_integer("steps", None, "in the place of the recipe's")
@@ -39,7 +41,7 @@ SOME_FAILED = 1  # exit code
 
 
 def main(name: str) -> None:
-    study = experiments.find_study(name)
+    study = recipes.find_study(name)
     if WORKER.value:
         train(Path(WORKER.value), study.batch_statistics)
         return
@@ -58,12 +60,12 @@ def main(name: str) -> None:
         sys.exit(SOME_FAILED)
 
 
-def make_jobs(study: experiments.Study) -> list[Job]:
+def make_jobs(study: recipes.Study) -> list[Job]:
     for setting in cli.overrides():
         if setting in OWN:
             raise ConfigError(f"--config.{setting} is {OWN[setting]} here")
-    seeds = experiments.parse_seeds(SEEDS.value)
-    jobs = experiments.make_jobs(study, NETWORKS.value, seeds, STEPS.value)
+    seeds = recipes.parse_seeds(SEEDS.value)
+    jobs = recipes.make_jobs(study, NETWORKS.value, seeds, STEPS.value)
     for job in jobs:
         job.config.data.dir = DATA_DIR.value
         cli.override(job.config)
@@ -78,7 +80,7 @@ def run(name: str, jobs: list[Job], workdirs: Path, out: Path) -> dict[str, str]
         return [sys.executable, __file__, name, f"--worker={directory}"]
 
     def keep(job: Job) -> None:
-        results.copy_small_files(workdirs / job.name, out / job.name)
+        tables.copy_small_files(workdirs / job.name, out / job.name)
 
     missing = [job for job in jobs if not is_done(job)]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished already", file=sys.stderr)
@@ -98,11 +100,11 @@ def report(name: str, out: Path) -> None:
     if not list(out.glob("*/summary.json")):
         return
     command = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
-    workdir.write_json(out / results.SWEEP, {"experiment": name, "command": command})
-    drawn = figures.draw_all(results.group_runs(results.find_runs([out])), out)
-    results.write_readme(out, drawn)
+    workdir.write_json(out / tables.SWEEP, {"experiment": name, "command": command})
+    drawn = figures.draw_all(tables.group_runs(tables.find_runs([out])), out)
+    tables.write_readme(out, drawn)
     if out.resolve().parent.name == "results":
-        results.write_index(out.parent)
+        tables.write_index(out.parent)
     print(f"written: {out / 'README.md'}, {', '.join(drawn) or 'no figure'}", file=sys.stderr)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from flax_resnet import cli, processes
-from flax_resnet.loop import fit
+from flax_resnet import cli
+from flax_resnet.parallel import processes
+from flax_resnet.training.loop import fit
 
 CONFIG = cli.define_config(default="configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: runs/<config's name>")

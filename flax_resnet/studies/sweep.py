@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from flax_resnet.config import Experiment
 from flax_resnet.errors import ConfigError
-from flax_resnet.experiments import Job
-from flax_resnet.loop import stop_signal
-from flax_resnet.report import read_metrics
-from flax_resnet.workdir import difference, read_config, write_json
+from flax_resnet.studies.recipes import Job
+from flax_resnet.training.metrics_log import read_metrics
+from flax_resnet.training.signals import stop_signal
+from flax_resnet.training.workdir import difference, read_config, write_json
 
 Environment = dict[str, str]
 

@@ -15,11 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from flax_resnet import processes
 from flax_resnet.errors import CheckpointError, TrainingError
-from flax_resnet.sharding import put
-from flax_resnet.stacking import stack, unstack
-from flax_resnet.train import TrainState
+from flax_resnet.nn.scan import stack, unstack
+from flax_resnet.parallel import processes
+from flax_resnet.parallel.sharding import put
+from flax_resnet.step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Checkpoints:
         """The newest good checkpoint, or the one of `step`; None if there is none at all.
 
         Args:
-            like: gives structure, shapes, types and shardings. It may be stacked (`stacking.py`):
+            like: gives structure, shapes, types and shardings. It may be stacked (`nn/scan.py`):
                 what is on disk is not.
 
         Raises:

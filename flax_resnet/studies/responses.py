@@ -9,15 +9,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flax_resnet import data, sharding, workdir
-from flax_resnet.checkpoint import load_state
-from flax_resnet.cifar10 import Examples
 from flax_resnet.config import Experiment, ResNetConfig
-from flax_resnet.data import Normalization
-from flax_resnet.evaluation import make_evaluate_as_reference
-from flax_resnet.resnet import ResNet, param_dtype
-from flax_resnet.torch_weights import abstract
-from flax_resnet.train import Tree, init
+from flax_resnet.data import pixels, source
+from flax_resnet.data.examples import Examples
+from flax_resnet.data.pixels import Normalization
+from flax_resnet.nn.scan import Tree
+from flax_resnet.parallel import sharding
+from flax_resnet.resnet import ResNet, abstract, param_dtype
+from flax_resnet.step import init
+from flax_resnet.training import workdir
+from flax_resnet.training.checkpoint import load_state
+from flax_resnet.training.evaluation import make_evaluate_as_reference
 
 RESPONSES = "layer_responses.json"
 BATCH_STATISTICS = "batch_statistics.json"
@@ -43,8 +45,8 @@ def measure(directory: Path, *, batch_statistics: bool = False) -> None:
     like = jax.eval_shape(lambda: init(config)[1])
     state = load_state(directory, like, config.train.steps)
     params, batch_stats = jax.device_get((state.params, state.batch_stats))
-    splits = data.load(config.data)
-    constants = data.make_normalization(config.data.preprocess, splits["train"].image)
+    splits = source.load(config.data)
+    constants = pixels.make_normalization(config.data.preprocess, splits["train"].image)
     found = layer_responses(config, params, batch_stats, splits["test"], constants)
     workdir.write_json(directory / RESPONSES, found)
     if batch_statistics:
@@ -84,7 +86,7 @@ def layer_responses(
     sizes, found = [], []
     for start in range(0, size, BATCH_SIZE):
         image = examples.image[start : min(start + BATCH_SIZE, size)]
-        x = data.normalize(jnp.array(image), constants, param_dtype(config.model))
+        x = pixels.normalize(jnp.array(image), constants, param_dtype(config.model))
         sizes.append(len(image))
         found.append(jax.device_get(moments(params, batch_stats, x)))
     mean, var = np.moveaxis(np.array(found, np.float64), -1, 0)  # each (batches, layers)

@@ -21,7 +21,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -30,6 +30,7 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from flax_resnet.data.examples import Examples
 from flax_resnet.errors import DatasetError
 
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -42,13 +43,6 @@ _TIMEOUT_SECONDS = 10  # to connect, and between two pieces of the download
 _CACHE_FORMAT = 1  # to be raised with every change to the layout of a cache entry
 
 _log = logging.getLogger(__name__)
-
-
-class Examples(NamedTuple):
-    """The images and labels of one split, in the order of the original archive."""
-
-    image: np.ndarray  # uint8 (n, 32, 32, 3)
-    label: np.ndarray  # int32 (n,)
 
 
 def load(data_dir: str | None = None) -> dict[str, Examples]:

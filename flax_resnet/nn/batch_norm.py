@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from flax_resnet.cpu import materialized
+from flax_resnet.nn.cpu import materialized
 
 
 class BatchNorm(nnx.Module):

@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_resnet import torch_files
 from flax_resnet.config import Experiment
-from flax_resnet.data import Normalization
+from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet
-from flax_resnet.torch_layouts import Layout
-from flax_resnet.torch_weights import from_state_dict, to_state_dict
-from flax_resnet.train import Tree
-from flax_resnet.workdir import write_json
+from flax_resnet.training.workdir import write_json
+from flax_resnet.weights import files
+from flax_resnet.weights.layouts import Layout
+from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 
 FORMAT = "flax-resnet weights, version 1"
 ENVIRONMENT = "FLAX_RESNET_WEIGHTS"
 TOLD = ("depth", "shortcut", "channel_pad", "projection", "stem", "conv_bias", "num_classes")
-CHECKOUT = Path(__file__).parent.parent / "results" / "weights"
+CHECKOUT = Path(__file__).parents[2] / "results" / "weights"
 
 
 class Card(NamedTuple):
@@ -64,7 +64,7 @@ def load_pretrained(
         )
     model = card.config.model
     imported = from_state_dict(
-        torch_files.read(path).state_dict,
+        files.read(path).state_dict,
         shortcut=model.shortcut,
         channel_pad=model.channel_pad,
         depth=model.depth,
@@ -144,7 +144,7 @@ def write(
     if path.suffix != ".safetensors":
         raise ConfigError(f"OUT must end in .safetensors, got {path}")
     state_dict = to_state_dict(config.model, params, batch_stats, step=step)
-    torch_files.write(path, state_dict, Layout.TWIN)
+    files.write(path, state_dict, Layout.TWIN)
     tree = {
         "format": FORMAT,
         "sha256": sha256(path),

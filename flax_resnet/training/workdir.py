@@ -11,9 +11,9 @@ from typing import Any
 
 import filelock
 
-from flax_resnet import processes
 from flax_resnet.config import Experiment
 from flax_resnet.errors import CheckpointError, ConfigError
+from flax_resnet.parallel import processes
 
 MAX_DEPTH, MAX_CLASSES = 10_000, 100_000  # of a work directory that somebody else may have made
 

@@ -1,4 +1,4 @@
-"""What becomes of the pixels that a step sees; the draws are those of `flax_resnet/data.py`.
+"""What becomes of the pixels that a step sees; the draws are those of `flax_resnet/data/order.py`.
 
 Which examples, offsets and flips a step sees is NumPy's doing on the host, the same for both
 frameworks; only what is done with the pixels is mirrored here.

@@ -7,13 +7,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from flax_resnet import data, sharding
-from flax_resnet.cifar10 import Examples
 from flax_resnet.config import ResNetConfig
-from flax_resnet.data import Normalization
-from flax_resnet.resnet import param_dtype
-from flax_resnet.torch_weights import abstract
-from flax_resnet.train import Metrics, Program, Tree, eval_step, measure
+from flax_resnet.data import pixels
+from flax_resnet.data.examples import Examples
+from flax_resnet.data.pixels import Normalization
+from flax_resnet.nn.scan import Tree
+from flax_resnet.parallel import sharding
+from flax_resnet.resnet import abstract, param_dtype
+from flax_resnet.step import Metrics, Program, eval_step, measure
 
 Evaluate = Callable[[Tree, Tree, Examples], Metrics]
 
@@ -35,7 +36,7 @@ def make_evaluate(
 
     def step(total: Metrics, constant: tuple[Tree, Tree, Examples], index: jax.Array) -> Metrics:
         params, batch_stats, examples = constant
-        batch = data.evaluation_batch(examples, index, constants, param_dtype(config))
+        batch = pixels.evaluation_batch(examples, index, constants, param_dtype(config))
         return total.plus(eval_step(program, params, batch_stats, batch))
 
     call = sharding.compile_step(step, mesh)
@@ -64,7 +65,7 @@ def make_evaluate_as_reference(
 
     def step(total: Metrics, constant: tuple[Tree, Tree, Examples], index: jax.Array) -> Metrics:
         params, batch_stats, examples = constant
-        batch = data.evaluation_batch(examples, index, constants, param_dtype(config))
+        batch = pixels.evaluation_batch(examples, index, constants, param_dtype(config))
         model = nnx.merge(graphdef, params, batch_stats, copy=True)
         return total.plus(measure(model(batch.image), batch.label))
 

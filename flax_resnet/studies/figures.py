@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flax_resnet.config import Shortcut
-from flax_resnet.experiments import label
-from flax_resnet.results import AKAMASTER, PAPER, PUBLISHED, REFERENCE, Group, spread
+from flax_resnet.studies.recipes import label
+from flax_resnet.studies.tables import AKAMASTER, PAPER, PUBLISHED, REFERENCE, Group, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

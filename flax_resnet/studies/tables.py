@@ -15,9 +15,9 @@ import numpy as np
 
 from flax_resnet.config import Dataset, Experiment, OptimConfig, Stem, TrainConfig
 from flax_resnet.errors import ResultsError
-from flax_resnet.experiments import REFERENCE_STEPS, STUDIES, label
-from flax_resnet.measurements import BATCH_STATISTICS, RESPONSES
-from flax_resnet.report import Row, read_metrics
+from flax_resnet.studies.recipes import REFERENCE_STEPS, STUDIES, label
+from flax_resnet.studies.responses import BATCH_STATISTICS, RESPONSES
+from flax_resnet.training.metrics_log import Row, read_metrics
 
 # The last is the mark of a whole run, so it is copied last.
 SMALL_FILES = ("config.json", "metrics.jsonl", RESPONSES, BATCH_STATISTICS, "summary.json")

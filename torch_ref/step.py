@@ -9,8 +9,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
 from flax_resnet.config import Experiment
-from torch_ref.data import Batch
 from torch_ref.optim import make_optimizer, make_schedule
+from torch_ref.pixels import Batch
 from torch_ref.resnet import ResNet
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resnet import torch_files
 from flax_resnet.config import DType, ResNetConfig
 from flax_resnet.errors import WeightsError
-from flax_resnet.torch_layouts import StateDict
-from flax_resnet.torch_weights import Imported, abstract
-from flax_resnet.train import Tree
+from flax_resnet.nn.scan import Tree
+from flax_resnet.resnet import abstract
+from flax_resnet.weights import files
+from flax_resnet.weights.layouts import StateDict
+from flax_resnet.weights.state_dict import Imported
 from torch_ref.resnet import ResNet
 
 NUM_IMAGES = 8
@@ -55,6 +56,6 @@ def flax_logits(config: ResNetConfig, imported: Imported, image: np.ndarray) -> 
 @torch.no_grad()
 def torch_logits(config: ResNetConfig, state_dict: StateDict, image: np.ndarray) -> np.ndarray:
     twin = ResNet(config).eval()
-    tensors = torch_files.tensors(state_dict)
+    tensors = files.tensors(state_dict)
     twin.load_state_dict({name: x for name, x in tensors.items() if name in twin.state_dict()})
     return twin(torch.tensor(image, dtype=twin.fc.weight.dtype).permute(0, 3, 1, 2)).numpy()

@@ -1,6 +1,6 @@
 """PyTorch state dicts, as NumPy arrays, to Flax parameters and back, for every known layout.
 
-`torch_layouts.py` knows the names, `torch_files.py` the files; this never imports torch.
+`layouts.py` knows the names, `files.py` the files; this never imports torch.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from flax_resnet.config import (
     Shortcut,
 )
 from flax_resnet.errors import WeightsError
-from flax_resnet.resnet import Projection1x1, ResNet, ZeroPad
-from flax_resnet.stacking import unstack
-from flax_resnet.torch_layouts import (
+from flax_resnet.nn.scan import Tree, unstack
+from flax_resnet.resnet import Projection1x1, ResNet, ZeroPad, abstract, split
+from flax_resnet.weights.layouts import (
     Layout,
     StateDict,
     by_name,
@@ -35,7 +35,6 @@ from flax_resnet.torch_layouts import (
     to_key,
     unused_projections,
 )
-from flax_resnet.train import Tree, split
 
 COUNTER = "(training step)"
 UNUSED = "(unused projection)"
@@ -250,11 +249,6 @@ def counters(names: Mapping[str, Any]) -> list[str]:
     """Names of the BatchNorm counters that go with the running variances among `names`."""
     tail = "running_var"
     return [n.removesuffix(tail) + "num_batches_tracked" for n in names if n.endswith(tail)]
-
-
-def abstract(config: ResNetConfig) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """A network's structure, with shapes and types in the place of arrays."""
-    return split(nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0))))
 
 
 def _leaves(tree: Tree) -> list[tuple[tuple[Any, ...], Any]]:

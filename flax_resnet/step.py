@@ -1,6 +1,6 @@
 """One training step and one evaluation step: pure functions, state in, state out."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_resnet.batch_norm import BatchNorm
 from flax_resnet.config import Experiment, Parallel, Statistics
-from flax_resnet.data import Batch
+from flax_resnet.data.pixels import Batch
+from flax_resnet.nn.batch_norm import BatchNorm
+from flax_resnet.nn.scan import Tree
 from flax_resnet.optim import make_optimizer
-from flax_resnet.resnet import ResNet
-
-Tree = Any  # nested dicts of arrays
-AXIS = "data"  # of the devices that share a batch
+from flax_resnet.parallel.sharding import AXIS
+from flax_resnet.resnet import ResNet, split
 
 
 class Metrics(NamedTuple):
@@ -83,12 +82,6 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
         metrics=Metrics.zeros(),
     )
     return Program(graphdef, optimizer, AXIS if is_pmap else None), state
-
-
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """A module as its structure, its parameters and its running statistics."""
-    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
 
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -1,17 +1,14 @@
 """`fit`: the library's only clock, log and loop."""
 
-import contextlib
 import logging
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,20 +18,24 @@ from jax import lax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from flax_resnet import data, sharding
-from flax_resnet.checkpoint import Checkpoints
-from flax_resnet.cifar10 import Examples
 from flax_resnet.config import Experiment, Shortcut, TrainConfig
-from flax_resnet.cpu import keep_memory
-from flax_resnet.data import Draw, Normalization
+from flax_resnet.data import order, pixels, source
+from flax_resnet.data.examples import Examples
+from flax_resnet.data.order import Draw
+from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import TrainingError
-from flax_resnet.evaluation import make_evaluate
+from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.optim import make_schedule
-from flax_resnet.processes import Agreement, is_first, on_first
-from flax_resnet.report import MetricsLog, Row, SilentLog, plot_curves
+from flax_resnet.parallel import sharding
+from flax_resnet.parallel.processes import Agreement, is_first, on_first
 from flax_resnet.resnet import param_dtype
-from flax_resnet.train import Metrics, Program, TrainState, init, train_step
-from flax_resnet.workdir import claimed, read_json, write_json
+from flax_resnet.step import Metrics, Program, TrainState, init, train_step
+from flax_resnet.training.checkpoint import Checkpoints
+from flax_resnet.training.curves import plot_curves
+from flax_resnet.training.evaluation import make_evaluate
+from flax_resnet.training.metrics_log import MetricsLog, Row, SilentLog
+from flax_resnet.training.signals import stop_signal
+from flax_resnet.training.workdir import claimed, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
         if summary is not None:
             log.info("%s: finished at step %d, nothing to do", workdir, summary["steps"])
         else:
-            splits = data.load(config.data)
+            splits = source.load(config.data)
             state, rows = train(config, workdir, mesh, splits)
 
             def report() -> dict[str, Any]:
@@ -98,7 +99,7 @@ def train(
     two steps at once), the host is not behind.
     """
     settings = config.train
-    constants = data.make_normalization(config.data.preprocess, splits["train"].image)
+    constants = pixels.make_normalization(config.data.preprocess, splits["train"].image)
     program, state = init(config, mesh.size)
     train_call = compile_steps(config, program, constants, mesh)
     evaluate = make_evaluate(config.model, program, constants, mesh, settings.eval_batch_size)
@@ -156,7 +157,7 @@ def compile_steps(
     dtype = param_dtype(config.model)
 
     def step(state: TrainState, examples: Examples, drawn: Draw) -> TrainState:
-        batch = data.training_batch(examples, drawn, constants, config.data.pad, dtype)
+        batch = pixels.training_batch(examples, drawn, constants, config.data.pad, dtype)
         metrics = state.metrics.zero_if(state.step % config.train.log_every == 0)
         return train_step(program, state._replace(metrics=metrics), batch)[0]
 
@@ -173,7 +174,7 @@ def compile_steps(
 def draw_steps(config: Experiment, step: int, size: int, num_examples: int) -> Draw:
     """What the next `size` steps see, stacked."""
     draws = [
-        data.draw(config.data, config.seed, s, config.train.batch_size, num_examples)
+        order.draw(config.data, config.seed, s, config.train.batch_size, num_examples)
         for s in range(step, step + size)
     ]
     return Draw(*(np.stack(parts) for parts in zip(*draws, strict=True)))
@@ -295,27 +296,6 @@ class Clock:
             row["images_per_second"] = self.lap_images / (now - self.lap_start)
         self.restart_lap()
         return row
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM or SIGINT arrives, whose number it then holds.
-
-    A second signal acts at once, as if this were not here.
-    """
-    received: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    previous = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number in numbers:
-            signal.signal(number, previous[number])
 
 
 def summarize(config: Experiment, state: TrainState, rows: list[Row]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""PyTorch's files, and PyTorch's tensors: what `torch_weights.py` does with arrays, for users.
+"""PyTorch's files, and PyTorch's tensors: what `state_dict.py` does with arrays, for users.
 
 Nothing in a file is ever executed: `torch.load(weights_only=True)`, or safetensors. torch is
 imported only where a file or a tensor needs it, so that the library does without.
@@ -18,10 +18,9 @@ import safetensors.numpy
 
 from flax_resnet.config import ChannelPad, Shortcut
 from flax_resnet.errors import WeightsError
-from flax_resnet.resnet import ResNet
-from flax_resnet.torch_layouts import Layout, StateDict, listed
-from flax_resnet.torch_weights import config_of, from_state_dict, to_state_dict
-from flax_resnet.train import split
+from flax_resnet.resnet import ResNet, split
+from flax_resnet.weights.layouts import Layout, StateDict, listed
+from flax_resnet.weights.state_dict import config_of, from_state_dict, to_state_dict
 
 log = logging.getLogger(__name__)
 

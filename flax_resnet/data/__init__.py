@@ -1,0 +1,1 @@
+"""Which images there are, which of them a step sees, and what becomes of their pixels."""

@@ -1,0 +1,97 @@
+"""What becomes of the pixels that a step sees: numbers, cropped and mirrored.
+
+Runs inside the compiled step, on the device. Which examples, crops and flips a step sees is drawn
+on the host (`order.py`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from flax_resnet.config import Preprocess
+from flax_resnet.data.examples import Examples
+from flax_resnet.data.order import Draw
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Batch(NamedTuple):
+    """Preprocessed images and their classes; label -1 marks padding, which counts nowhere."""
+
+    image: Float[Array, "b h w 3"]
+    label: Int[Array, " b"]
+
+
+class Normalization(NamedTuple):
+    """x * scale, less `mean` (or each image's own channel mean), divided by std."""
+
+    scale: float
+    mean: Float[np.ndarray, "..."] | None  # None: each image's own
+    std: Float[np.ndarray, " 3"]
+
+
+def make_normalization(
+    preprocess: Preprocess, train: UInt8[np.ndarray, "n h w 3"]
+) -> Normalization:
+    """The constants of a preprocessing, from the training images where it needs them."""
+    ones = np.ones(3)
+    match preprocess:
+        case Preprocess.PAPER:
+            return Normalization(1.0, train.mean(0, dtype=np.float64), ones)
+        case Preprocess.REFERENCE:
+            return Normalization(1 / 255, None, ones)
+        case Preprocess.AKAMASTER:
+            return Normalization(1 / 255, np.array(IMAGENET_MEAN), np.array(IMAGENET_STD))
+        case Preprocess.STANDARDIZE:
+            mean = train.mean((0, 1, 2), dtype=np.float64) / 255
+            square = np.square(train, dtype=np.float32).mean((0, 1, 2), dtype=np.float64) / 255**2
+            return Normalization(1 / 255, mean, np.sqrt(square - mean**2))
+
+
+def normalize(
+    image: UInt8[Array, "b h w 3"], constants: Normalization, dtype: DTypeLike
+) -> Float[Array, "b h w 3"]:
+    """Pixels as numbers."""
+    x = image.astype(dtype) * constants.scale
+    if constants.mean is None:
+        mean = x.mean((1, 2), keepdims=True)
+    else:
+        mean = jnp.asarray(constants.mean, dtype)
+    return (x - mean) / jnp.asarray(constants.std, dtype)
+
+
+def crop_and_flip(
+    image: Float[Array, "b h w 3"],
+    offset: Int[Array, "b 2"],
+    flip: Bool[Array, " b"],
+    pad: int,
+) -> Float[Array, "b h w 3"]:
+    """Each image cut from its zero-padded self, then mirrored left to right where `flip`."""
+    shape = image.shape[1:]
+    padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    corner = jnp.pad(offset, ((0, 0), (0, 1)))  # down, right, channel 0
+    image = jax.vmap(lambda x, at: jax.lax.dynamic_slice(x, at, shape))(padded, corner)
+    return jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
+
+
+def training_batch(
+    examples: Examples, drawn: Draw, constants: Normalization, pad: int, dtype: DTypeLike
+) -> Batch:
+    """The examples that `drawn` names, cropped and mirrored as it says. Runs inside `jit`."""
+    indices, offset, flip = map(jnp.asarray, drawn)
+    image, label = map(jnp.asarray, examples)
+    image = normalize(image[indices], constants, dtype)
+    return Batch(crop_and_flip(image, offset, flip, pad), label[indices])
+
+
+def evaluation_batch(
+    examples: Examples, index: Int[Array, " b"], constants: Normalization, dtype: DTypeLike
+) -> Batch:
+    """The examples at `index`; -1 makes padding. Runs inside `jit`."""
+    image, label = map(jnp.asarray, examples)
+    return Batch(normalize(image[index], constants, dtype), jnp.where(index < 0, -1, label[index]))

@@ -1,0 +1,1 @@
+"""Layers, and what XLA must be told about them."""

@@ -1,0 +1,1 @@
+"""Named experiments: recipes, sweeps, measurements, tables and figures."""

@@ -1,0 +1,1 @@
+"""Everybody's weights: layouts, files, and what they tell."""

@@ -1,0 +1,1 @@
+"""What sets both frameworks side by side."""
