@@ -25,7 +25,7 @@ class Shortcut(enum.Enum):
 class ChannelPad(enum.Enum):
     """Where option A puts the zero channels."""
 
-    END = "end"  # after the old ones: the paper, the reference
+    END = "end"  # after the old ones: the paper, tanjeffreyz
     CENTRE = "centre"  # half before, half after: akamaster
 
 
@@ -33,21 +33,21 @@ class Projection(enum.Enum):
     """What a projection shortcut is made of."""
 
     CONV_BN = "conv_bn"
-    CONV_BIAS = "conv_bias"  # the reference
+    CONV_BIAS = "conv_bias"  # tanjeffreyz
 
 
 class ProjectionInit(enum.Enum):
     """How a projection's kernel starts."""
 
     KAIMING = "kaiming"
-    AVERAGE = "average"  # every weight 1 / C_in, so that it averages its input: the reference
+    AVERAGE = "average"  # every weight 1 / C_in, so that it averages its input: tanjeffreyz
 
 
 class Stem(enum.Enum):
     """What stands before the first stage."""
 
     CONV_BN_RELU = "conv_bn_relu"
-    CONV = "conv"  # the reference: a bare convolution
+    CONV = "conv"  # tanjeffreyz: a bare convolution
 
 
 class Statistics(enum.Enum):
@@ -78,12 +78,30 @@ class Dataset(enum.Enum):
 
 
 class Preprocess(enum.Enum):
-    """How pixels become numbers, by who does it so."""
+    """How pixels become numbers."""
 
-    PAPER = "paper"  # 0..255, less the training set's mean image
-    REFERENCE = "reference"  # 0..1, less each image's own mean of each channel
-    AKAMASTER = "akamaster"  # 0..1, standardised by ImageNet's channel mean and deviation
+    MEAN_IMAGE = "mean_image"  # 0..255, less the training set's mean image: the paper
+    OWN_MEAN = "own_mean"  # 0..1, less each image's own mean of each channel: tanjeffreyz
+    IMAGENET = "imagenet"  # 0..1, standardised by ImageNet's channel mean and deviation: akamaster
     STANDARDIZE = "standardize"  # 0..1, standardised by the training set's own
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a checkpoint fixes of a network: enough to build it around the checkpoint's arrays.
+
+    How the network is computed (compute type, scan, rematerialisation) and how its weights began
+    are no part of it.
+    """
+
+    stem: Stem
+    widths: tuple[int, ...]  # channels of each stage
+    blocks: tuple[int, ...]  # of each stage
+    shortcut: Shortcut
+    channel_pad: ChannelPad
+    projection: Projection
+    conv_bias: bool
+    num_classes: int
 
 
 @dataclass
@@ -99,7 +117,6 @@ class ResNetConfig:
     conv_bias: bool = False
     num_classes: int = 10
     dtype: DType = DType.FLOAT32
-    batch_norm: Statistics = Statistics.GLOBAL
     scan_blocks: bool = False  # compile one block of a stage and scan over the rest
     remat: bool = False  # compute a block again for its gradient: less memory, a third more work
 
@@ -111,7 +128,7 @@ class ResNetConfig:
         return cls(depth=depth, shortcut=shortcut, **overrides)
 
     @classmethod
-    def reference(
+    def tanjeffreyz(
         cls, depth: int = 20, shortcut: Shortcut = Shortcut.A, **overrides: Any
     ) -> "ResNetConfig":
         """The network of the PyTorch system that this project reimplements."""
@@ -140,6 +157,35 @@ class ResNetConfig:
         """n of depth = 6n + 2."""
         return (self.depth - 2) // 6
 
+    @property
+    def architecture(self) -> Architecture:
+        """What of this a checkpoint fixes."""
+        return Architecture(
+            stem=self.stem,
+            widths=(16, 32, 64),
+            blocks=(self.blocks_per_stage,) * 3,
+            shortcut=self.shortcut,
+            channel_pad=self.channel_pad,
+            projection=self.projection,
+            conv_bias=self.conv_bias,
+            num_classes=self.num_classes,
+        )
+
+    @property
+    def label(self) -> str:
+        """Such as "plain-20", "ResNet-20 B, 1/C_in" or "ResNet-20 A (tanjeffreyz)"."""
+        plain = self.shortcut is Shortcut.PLAIN
+        name = f"plain-{self.depth}" if plain else f"ResNet-{self.depth} {self.shortcut.value}"
+        if self.shortcut in (Shortcut.B, Shortcut.C):
+            average = self.projection_init is ProjectionInit.AVERAGE
+            if average != (self.projection is Projection.CONV_BIAS):  # tanjeffreyz's usual
+                name += ", 1/C_in" if average else ", Kaiming"
+        if self.stem is Stem.CONV:
+            name += " (tanjeffreyz)"
+        elif self.shortcut is Shortcut.A and self.channel_pad is ChannelPad.CENTRE:
+            name += " (akamaster)"
+        return name
+
     def validate(self) -> None:
         """Raises ConfigError unless depth is 6n + 2 with n >= 1, and num_classes >= 1."""
         if self.depth < 8 or self.depth % 6 != 2:
@@ -155,7 +201,7 @@ class DataConfig:
 
     name: Dataset = Dataset.CIFAR10
     dir: str | None = None  # of tensorflow-datasets; else $TFDS_DATA_DIR, else its own default
-    preprocess: Preprocess = Preprocess.PAPER
+    preprocess: Preprocess = Preprocess.MEAN_IMAGE
     pad: int = 4  # zeros around a training image before the random crop; 0: no crop
     flip: bool = True
     validation: int = 0  # training examples held out; the paper's 45k/5k split: 5000
@@ -223,6 +269,7 @@ class Experiment:
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
     parallel: Parallel = Parallel.JIT
+    batch_norm: Statistics = Statistics.GLOBAL
 
     def validate(self) -> None:
         """Raises ConfigError at the first setting that breaks a rule."""
@@ -242,8 +289,42 @@ class Experiment:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Experiment":
-        """Inverse of `to_dict`. Raises ConfigError for an unknown field or value."""
-        return _from_dict(cls, tree)
+        """Inverse of `to_dict`, also of earlier versions'.
+
+        Raises:
+            ConfigError: an unknown field or value.
+        """
+        return _from_dict(cls, upgrade(tree))
+
+
+# Settings that decide how a run is computed and told, and nothing of its numbers: it may go on with
+# others. (A scan and rematerialisation change nothing to the bit: parity_tests/test_scan.py.)
+INCIDENTAL = (
+    "data.dir",
+    "model.remat",
+    "model.scan_blocks",
+    "train.checkpoint_every",
+    "train.eval_batch_size",
+    "train.evaluate_every",
+    "train.log_every",
+    "train.steps_per_call",
+)
+
+# Version 0.1 named a preprocessing by who does it so.
+PREPROCESS_0_1 = {"paper": "mean_image", "reference": "own_mean", "akamaster": "imagenet"}
+
+
+def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary of an experiment as today's fields have it, from that of any version."""
+    tree = dict(tree)
+    model, data = tree.get("model"), tree.get("data")
+    if isinstance(model, dict) and "batch_norm" in model:
+        tree["model"] = {name: value for name, value in model.items() if name != "batch_norm"}
+        tree.setdefault("batch_norm", model["batch_norm"])
+    if isinstance(data, dict) and isinstance(data.get("preprocess"), str):
+        name = data["preprocess"]
+        tree["data"] = data | {"preprocess": PREPROCESS_0_1.get(name, name)}
+    return tree
 
 
 def require(holds: bool, name: str, rule: str, value: object) -> None:

@@ -34,12 +34,16 @@ class ResNet(nnx.Module):
         config: depth 6n + 2, kind of shortcut and the other options.
         rngs: its `params` stream initialises the weights.
 
+    Attributes:
+        architecture: what a checkpoint of this network fixes.
+
     Raises:
         ConfigError: the depth is not 6n + 2.
     """
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
         config.validate()
+        self.architecture = config.architecture
         self.conv1 = conv3x3(config, 3, 16, rngs=rngs)
         self.bn1 = batch_norm(config, 16) if config.stem is Stem.CONV_BN_RELU else None
         self.remat = config.remat
@@ -110,7 +114,7 @@ class ZeroPad(nnx.Module):
 
 
 class Projection1x1(nnx.Module):
-    """Options B and C: a 1x1 convolution, with BatchNorm or (the reference) with a bias."""
+    """Options B and C: a 1x1 convolution, with BatchNorm or (tanjeffreyz) with a bias."""
 
     def __init__(self, config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs):
         average = nnx.initializers.constant(1 / c_in)

@@ -66,7 +66,7 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
     """
     model = ResNet(config.model, rngs=nnx.Rngs(config.seed))
     is_pmap = config.parallel is Parallel.PMAP
-    is_global = config.model.batch_norm is Statistics.GLOBAL
+    is_global = config.batch_norm is Statistics.GLOBAL
     model.set_attributes(
         BatchNorm,
         axis_name=AXIS if is_pmap and is_global else None,

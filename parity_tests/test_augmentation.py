@@ -6,8 +6,8 @@ mutant's is below 1e-100.
 
 PyTorch's pixels are ours to the bit for the paper's preprocessing in float32: one subtraction of
 the same two numbers. The others also scale and divide, which XLA contracts to fewer roundings than
-PyTorch makes, and REFERENCE sums each image in another order: within 4 ulp of the largest pixel
-(measured: 3 for REFERENCE, 2 for the others). In float64 all within 1e-15 relative (measured:
+PyTorch makes, and OWN_MEAN sums each image in another order: within 4 ulp of the largest pixel
+(measured: 3 for OWN_MEAN, 2 for the others). In float64 all within 1e-15 relative (measured:
 5.2e-16, and 0 for the paper's).
 """
 
@@ -126,11 +126,11 @@ def normalized_by_hand(examples: Examples, preprocess: Preprocess) -> np.ndarray
     """Every image in float64, as the table in config.Preprocess says."""
     x = examples.image.astype(np.float64)
     match preprocess:
-        case Preprocess.PAPER:
+        case Preprocess.MEAN_IMAGE:
             return x - x.mean(0)
-        case Preprocess.REFERENCE:
+        case Preprocess.OWN_MEAN:
             return x / 255 - (x / 255).mean((1, 2), keepdims=True)
-        case Preprocess.AKAMASTER:
+        case Preprocess.IMAGENET:
             return (x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         case Preprocess.STANDARDIZE:
             return (x - x.mean((0, 1, 2))) / x.std((0, 1, 2))
@@ -178,7 +178,7 @@ def test_pytorch_sees_the_same_pixels(preprocess: Preprocess, dtype: str) -> Non
     assert ours.dtype == theirs.dtype == dtype
     largest = np.abs(theirs).max()
     difference = np.abs(ours - theirs).max()
-    if preprocess is Preprocess.PAPER and dtype == "float32":
+    if preprocess is Preprocess.MEAN_IMAGE and dtype == "float32":
         np.testing.assert_array_equal(ours, theirs)
     else:
         assert difference <= (1e-15 * largest if dtype == "float64" else 4 * np.spacing(largest))
@@ -187,9 +187,9 @@ def test_pytorch_sees_the_same_pixels(preprocess: Preprocess, dtype: str) -> Non
 @pytest.mark.parametrize("mutant", ["seed", "step", "scale", "channel order"])
 def test_a_mutant_shows_pytorch_other_pixels(mutant: str) -> None:
     examples = random_examples(300)
-    constants = pixels.make_normalization(Preprocess.AKAMASTER, examples.image)
+    constants = pixels.make_normalization(Preprocess.IMAGENET, examples.image)
     drawn = order.draw(CONFIG, 3, 5, 128, 300)
-    ours = training_image(examples, drawn, Preprocess.AKAMASTER, "float32")
+    ours = training_image(examples, drawn, Preprocess.IMAGENET, "float32")
     drawn = order.draw(CONFIG, 3 + (mutant == "seed"), 5 + (mutant == "step"), 128, 300)
     if mutant == "scale":
         constants = constants._replace(scale=1 / 256)
@@ -318,7 +318,7 @@ def test_a_draw_is_the_same_for_ever() -> None:
 
 def test_evaluation_batches_hold_every_example_once_and_padding() -> None:
     examples = random_examples(10)
-    constants = pixels.make_normalization(Preprocess.PAPER, examples.image)
+    constants = pixels.make_normalization(Preprocess.MEAN_IMAGE, examples.image)
     on_device = Examples(*map(jnp.asarray, examples))
     index = jnp.array([7, 8, 9, -1, -1])
     batch = pixels.evaluation_batch(on_device, index, constants, jnp.float32)
@@ -335,7 +335,7 @@ def evaluate(batch_size: int) -> tuple[dict[str, float], dict[str, float]]:
     config = Experiment(model=ResNetConfig.paper(8))
     program, state = init(config)
     examples = random_examples(N_TEST)
-    constants = pixels.make_normalization(Preprocess.REFERENCE, examples.image)
+    constants = pixels.make_normalization(Preprocess.OWN_MEAN, examples.image)
     mesh = sharding.data_mesh()
     call = evaluation.make_evaluate(config.model, program, constants, mesh, batch_size)
     arguments = (state.params, state.batch_stats, examples)

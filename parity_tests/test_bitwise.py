@@ -43,9 +43,9 @@ PAPERS = {
     "C": ResNetConfig.paper(shortcut=Shortcut.C),
 }
 NETWORKS = PAPERS | {
-    "reference-A": ResNetConfig.reference(),
-    "reference-B": ResNetConfig.reference(shortcut=Shortcut.B),
-    "reference-C": ResNetConfig.reference(shortcut=Shortcut.C),
+    "tanjeffreyz-A": ResNetConfig.tanjeffreyz(),
+    "tanjeffreyz-B": ResNetConfig.tanjeffreyz(shortcut=Shortcut.B),
+    "tanjeffreyz-C": ResNetConfig.tanjeffreyz(shortcut=Shortcut.C),
 }
 
 

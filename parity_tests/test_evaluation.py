@@ -74,11 +74,11 @@ def differences(config: ResNetConfig) -> list[float]:
     ("family", "depth"),
     [
         (ResNetConfig.paper, 20),
-        (ResNetConfig.reference, 20),
+        (ResNetConfig.tanjeffreyz, 20),
         (ResNetConfig.paper, 56),
         (ResNetConfig.paper, 110),
     ],
-    ids=["paper-20", "reference-20", "paper-56", "paper-110"],
+    ids=["paper-20", "tanjeffreyz-20", "paper-56", "paper-110"],
 )
 def test_every_block_is_pytorchs_in_float64(
     family: Callable, depth: int, shortcut: Shortcut
@@ -140,7 +140,7 @@ def other_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference's own fault: it forgets evaluation mode."""
+    """tanjeffreyz's own fault: it forgets evaluation mode."""
     monkeypatch.setattr(resnet.ResNet, "eval", lambda self: None)
 
 

@@ -39,9 +39,9 @@ def test_depth_is_the_config_files(depth: int) -> None:
         assert config.seed == 3
 
 
-def test_reference_is_its_config_file() -> None:
-    config = find(make_jobs(STUDIES["reference"]), "A-20-s0")
-    assert recipe(config) == recipe(of_file("reference_resnet20"))
+def test_tanjeffreyz_is_its_config_file() -> None:
+    config = find(make_jobs(STUDIES["tanjeffreyz"]), "A-20-s0")
+    assert recipe(config) == recipe(of_file("tanjeffreyz_resnet20"))
 
 
 def test_paper_holds_out_5000() -> None:

@@ -11,7 +11,7 @@ from flax_resnet.studies import figures, tables
 from flax_resnet.studies.recipes import STUDIES, make_jobs
 from flax_resnet.studies.tables import Group
 
-REFERENCE = Path(__file__).parent.parent.parent / "shared/reference/metrics"
+METRICS = Path(__file__).parent.parent.parent / "shared/reference/metrics"
 SEEDS = (0, 1, 2)
 NETWORKS = ("plain-20", "A-20", "plain-56", "A-56")
 ERRORS = {  # in %, by network and seed; the best is not the last
@@ -107,8 +107,8 @@ def test_depth_is_drawn_at_the_means_with_the_published_points(runs: Path) -> No
         np.testing.assert_allclose(lines[label], means)
     np.testing.assert_allclose(lines["A, paper"], [8.75, 6.97])
     np.testing.assert_allclose(lines["A, akamaster"], [8.27, 6.61])
-    np.testing.assert_allclose(lines["A, reference"], [11.16, 10.91, 9.77])
-    np.testing.assert_allclose(lines["plain, reference"], [12.42, 15.82])
+    np.testing.assert_allclose(lines["A, tanjeffreyz"], [11.16, 10.91, 9.77])
+    np.testing.assert_allclose(lines["plain, tanjeffreyz"], [12.42, 15.82])
     edge = axes.collections[0].get_paths()[0].vertices[:, 1]
     low = np.mean(ERRORS["plain-20"]) - np.std(ERRORS["plain-20"], ddof=1)
     assert edge.min() == pytest.approx(low)
@@ -159,22 +159,20 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         tables.find_runs([tmp_path])
 
 
-@pytest.mark.skipif(
-    not REFERENCE.is_dir(), reason=f"the reference's metrics are not at {REFERENCE}"
-)
-def test_the_references_numbers_are_its_last_epochs() -> None:
-    curves = tables.read_reference(REFERENCE)
+@pytest.mark.skipif(not METRICS.is_dir(), reason=f"tanjeffreyz's metrics are not at {METRICS}")
+def test_tanjeffreyzs_numbers_are_its_last_epochs() -> None:
+    curves = tables.read_published_curves(METRICS)
     last = {name: sorted(round(x[1, -1], 2) for x in found) for name, found in curves.items()}
-    published = tables.PUBLISHED[tables.REFERENCE]
+    published = tables.PUBLISHED[tables.TANJEFFREYZ]
     assert {name: sorted(x) for name, x in published.items()} == last
 
 
-def test_the_references_curves_are_drawn_beside_ours(runs: Path, tmp_path: Path) -> None:
-    path = tmp_path / "reference" / "CifarResNet-56-R-A-12_02_54" / "test_errors.npy"
+def test_tanjeffreyzs_curves_are_drawn_beside_ours(runs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tanjeffreyz" / "CifarResNet-56-R-A-12_02_54" / "test_errors.npy"
     path.parent.mkdir(parents=True)
     np.save(path, np.array([[0.0, 156.0], [0.6, 0.1]]))
-    reference = tables.read_reference(path.parent.parent)
-    left, right = figures.side_by_side(*figures.sides(groups(runs)), reference).axes
+    published = tables.read_published_curves(path.parent.parent)
+    left, right = figures.side_by_side(*figures.sides(groups(runs)), published).axes
     ours, theirs = right.lines[3], right.lines[2]
     np.testing.assert_allclose(theirs.get_xdata(), [391, 157 * 391])
     np.testing.assert_allclose(theirs.get_ydata(), [60, 10])
@@ -184,12 +182,12 @@ def test_the_references_curves_are_drawn_beside_ours(runs: Path, tmp_path: Path)
 
 def test_a_family_is_named_only_where_it_tells_networks_apart() -> None:
     ours, theirs = (
-        [tables.label(job.config.model) for job in make_jobs(STUDIES[study], ["A-20", "plain-20"])]
-        for study in ("depth", "reference")
+        [job.config.model.label for job in make_jobs(STUDIES[study], ["A-20", "plain-20"])]
+        for study in ("depth", "tanjeffreyz")
     )
     for labels, expected in (
         (theirs, ["ResNet-20 A", "plain-20"]),
-        (ours + theirs, [*ours, "ResNet-20 A (reference)", "plain-20 (reference)"]),
+        (ours + theirs, [*ours, "ResNet-20 A (tanjeffreyz)", "plain-20 (tanjeffreyz)"]),
     ):
         shown = figures.short_labels([Group(label, []) for label in labels])
         assert [group.label for group in shown] == expected

@@ -10,7 +10,7 @@ PyTorch's gradients differ from PyTorch's own by 3e-7 when the image changes in 
 2e-9), and from ours by 8e-7. There is no 1e-12 to be had. With BatchNorm's biases raised by 2, relu
 passes nearly all, the same figure is 5e-14, and 1e-12 means something again.
 
-A convolution's bias in front of BatchNorm, which the reference has, changes nothing: the true
+A convolution's bias in front of BatchNorm, which tanjeffreyz has, changes nothing: the true
 gradient is 0 and both sides show rounding alone. It is compared with the largest gradient of the
 same convolution's kernel.
 """
@@ -98,10 +98,10 @@ def differences(a: Arrays, b: Arrays) -> dict[str, float]:
     ("family", "depth"),
     [
         (ResNetConfig.paper, 20),
-        (ResNetConfig.reference, 20),
+        (ResNetConfig.tanjeffreyz, 20),
         (ResNetConfig.paper, 110),
     ],
-    ids=["paper-20", "reference-20", "paper-110"],
+    ids=["paper-20", "tanjeffreyz-20", "paper-110"],
 )
 def test_every_gradient_is_pytorchs(family: Callable, depth: int, shortcut: Shortcut) -> None:
     pair = make_pair(family(depth, shortcut, dtype=DType.FLOAT64))

@@ -29,7 +29,7 @@ Draws = dict[str, np.ndarray]  # (networks, *shape) by PyTorch's name
 
 CONFIGS = {
     f"{family.__name__}-{shortcut.value}": family(8, shortcut)
-    for family in (ResNetConfig.paper, ResNetConfig.reference, ResNetConfig.akamaster)
+    for family in (ResNetConfig.paper, ResNetConfig.tanjeffreyz, ResNetConfig.akamaster)
     for shortcut in Shortcut
 } | {
     "averaging-C": ResNetConfig.paper(8, Shortcut.C, projection_init=ProjectionInit.AVERAGE),

@@ -23,8 +23,8 @@ TOLERANCE = 1e-12
 
 
 def experiment(parallel: Parallel, batch_norm: Statistics) -> Experiment:
-    model = ResNetConfig(8, Shortcut.B, dtype=DType.FLOAT64, batch_norm=batch_norm)
-    return Experiment(model=model, parallel=parallel)
+    model = ResNetConfig(8, Shortcut.B, dtype=DType.FLOAT64)
+    return Experiment(model=model, parallel=parallel, batch_norm=batch_norm)
 
 
 def batches(steps: int = 3) -> list[Batch]:

@@ -31,7 +31,7 @@ def formula(config: ResNetConfig) -> int:
 
 
 @pytest.mark.parametrize("shortcut", Shortcut, ids=lambda s: s.value)
-@pytest.mark.parametrize("family", ["paper", "reference", "akamaster"])
+@pytest.mark.parametrize("family", ["paper", "tanjeffreyz", "akamaster"])
 @pytest.mark.parametrize("depth", [8, 20, 110])
 def test_the_number_of_parameters_follows_the_formula(
     depth: int, family: str, shortcut: Shortcut

@@ -45,9 +45,9 @@ def theirs(pair: Pair) -> dict[str, float]:
     [
         ResNetConfig.paper(8, Shortcut.PLAIN, dtype=DType.FLOAT64),
         ResNetConfig.paper(8, Shortcut.C, dtype=DType.FLOAT64),
-        ResNetConfig.reference(8, Shortcut.A, dtype=DType.FLOAT64),
+        ResNetConfig.tanjeffreyz(8, Shortcut.A, dtype=DType.FLOAT64),
     ],
-    ids=["plain", "C", "reference"],
+    ids=["plain", "C", "tanjeffreyz"],
 )
 def test_responses_are_pytorchs(model: ResNetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses, "BATCH_SIZE", 4)  # batches of 4, 4 and 3

@@ -2,7 +2,7 @@
 
 Weights, statistics and the step survive in every layout, family and kind of shortcut, as arrays
 and through files; so do the signs of zeros and denormal numbers. (One exception, which is stated
-where it arises: the reference's files hold projections that nothing uses; they are not kept.)
+where it arises: tanjeffreyz's files hold projections that nothing uses; they are not kept.)
 
 The optimizer's momentum survives too, so that 20 steps in one framework and 20 in the other are 40
 steps in either. In float64 to 1e-11 of each array's largest number: rounding grows by every step,
@@ -45,13 +45,13 @@ from torch_ref.resnet import ResNet as TorchResNet
 
 FAMILIES = {
     "paper": ResNetConfig.paper,
-    "reference": ResNetConfig.reference,
+    "tanjeffreyz": ResNetConfig.tanjeffreyz,
     "akamaster": ResNetConfig.akamaster,
 }
 CASES = [
     pytest.param(layout, family, shortcut, id=f"{layout.value}-{family}-{shortcut.value}")
     for layout, family, shortcut in itertools.product(Layout, FAMILIES, Shortcut)
-    if layout is not Layout.REFERENCE or family == "reference"
+    if layout is not Layout.TANJEFFREYZ or family == "tanjeffreyz"
 ]
 
 
@@ -83,7 +83,7 @@ def random_torch(config: ResNetConfig, layout: Layout) -> dict[str, np.ndarray]:
     for name in state:
         if name.endswith("num_batches_tracked"):
             state[name] = np.array(1234)
-    if layout is Layout.REFERENCE:
+    if layout is Layout.TANJEFFREYZ:
         state |= unused_projections(config)
     return {to_key(name, layout, config.blocks_per_stage): x for name, x in state.items()}
 
@@ -111,8 +111,8 @@ def test_pytorch_to_flax_to_pytorch(layout: Layout, family: str, shortcut: Short
 @pytest.mark.parametrize("suffix", files.SUFFIXES)
 @pytest.mark.parametrize("layout", Layout, ids=lambda x: x.value)
 def test_models_through_files(layout: Layout, suffix: str, tmp_path: Path) -> None:
-    is_reference = layout is Layout.REFERENCE
-    config = FAMILIES["reference" if is_reference else "paper"](8, Shortcut.C)
+    is_tanjeffreyz = layout is Layout.TANJEFFREYZ
+    config = FAMILIES["tanjeffreyz" if is_tanjeffreyz else "paper"](8, Shortcut.C)
     first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"
     params, batch_stats = random_trees(config)
     state = to_state_dict(config, params, batch_stats, layout=layout)
@@ -132,16 +132,16 @@ def batch_norms(model: flax_resnet.ResNet) -> list[Any]:
 
 
 def test_a_model_that_no_network_of_the_layout_is_like() -> None:
-    with pytest.raises(WeightsError, match="the reference's layout has"):
-        check_layout(ResNetConfig.paper(8), Layout.REFERENCE)
+    with pytest.raises(WeightsError, match="tanjeffreyz's layout has"):
+        check_layout(ResNetConfig.paper(8), Layout.TANJEFFREYZ)
 
 
-def test_the_references_unused_projections_are_the_exception() -> None:
-    state = random_torch(ResNetConfig.reference(8, Shortcut.A), Layout.REFERENCE)
+def test_tanjeffreyzs_unused_projections_are_the_exception() -> None:
+    state = random_torch(ResNetConfig.tanjeffreyz(8, Shortcut.A), Layout.TANJEFFREYZ)
     state["model.2.conv_downsample.weight"] += 1
     ours = from_state_dict(state)
     back = to_state_dict(
-        ours.config, ours.params, ours.batch_stats, step=1234, layout=Layout.REFERENCE
+        ours.config, ours.params, ours.batch_stats, step=1234, layout=Layout.TANJEFFREYZ
     )
     changed = [key for key in state if not np.array_equal(back[key], state[key])]
     assert changed == ["model.2.conv_downsample.weight"]
@@ -245,7 +245,9 @@ def largest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
-@pytest.mark.parametrize(("family", "shortcut"), [("paper", Shortcut.A), ("reference", Shortcut.B)])
+@pytest.mark.parametrize(
+    ("family", "shortcut"), [("paper", Shortcut.A), ("tanjeffreyz", Shortcut.B)]
+)
 def test_twenty_steps_here_and_twenty_there(family: str, shortcut: Shortcut) -> None:
     config = experiment(family, shortcut)
     flax = Flax(config)

@@ -7,7 +7,7 @@ script read. Printed are every key with its shape and where it went, what was as
 tells, and how far the two networks' logits on the same random images are apart.
 
 Not converted: the optimizer's state (a new work directory begins with momentum 0), and the
-projections that the reference's files hold but do not use (named in the table).
+projections that tanjeffreyz's files hold but do not use (named in the table).
 """
 
 import os

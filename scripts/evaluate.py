@@ -27,7 +27,7 @@ from flax_resnet.resnet import param_dtype
 from flax_resnet.step import init
 from flax_resnet.training import workdir
 from flax_resnet.training.checkpoint import load_state
-from flax_resnet.training.evaluation import make_evaluate, make_evaluate_as_reference
+from flax_resnet.training.evaluation import make_evaluate, make_evaluate_by_batch_statistics
 from flax_resnet.weights import files
 from flax_resnet.weights.layouts import USUAL_PREPROCESS
 from flax_resnet.weights.state_dict import from_state_dict
@@ -37,7 +37,7 @@ CHECKPOINT = flags.DEFINE_string(
 )
 PREPROCESS = flags.DEFINE_enum_class("preprocess", None, Preprocess, "how pixels become numbers")
 BATCH_STATISTICS = flags.DEFINE_bool(
-    "batch_statistics", False, "evaluate as the reference did: BatchNorm uses the test batch's"
+    "batch_statistics", False, "evaluate as tanjeffreyz did: BatchNorm uses the test batch's"
 )
 flags.mark_flag_as_required("checkpoint")
 cli.define_overrides()
@@ -60,7 +60,7 @@ def main() -> None:
     mesh = sharding.data_mesh()
     constants = pixels.make_normalization(config.data.preprocess, splits["train"].image)
     if BATCH_STATISTICS.value:
-        evaluate = make_evaluate_as_reference(config.model, constants, mesh)
+        evaluate = make_evaluate_by_batch_statistics(config.model, constants, mesh)
     else:
         size = config.train.eval_batch_size
         evaluate = make_evaluate(config.model, init(config)[0], constants, mesh, size)

@@ -16,8 +16,8 @@ from flax_resnet import cli
 from flax_resnet.studies import figures, tables
 
 OUT = flags.DEFINE_string("out", None, "directory for the figures; made if need be")
-REFERENCE = flags.DEFINE_string(
-    "reference", None, "folder of the reference's published metrics: its test curves are drawn too"
+PUBLISHED = flags.DEFINE_string(
+    "published", None, "folder of tanjeffreyz's published metrics: its test curves are drawn too"
 )
 INDEX = flags.DEFINE_bool("index", False, "write the table of all experiments in RUNS")
 
@@ -31,8 +31,8 @@ def main(*runs: str) -> None:
     print("\n".join(tables.table(groups, Path.cwd())))
     if OUT.value:
         out = Path(OUT.value)
-        reference = tables.read_reference(Path(REFERENCE.value)) if REFERENCE.value else None
-        drawn = figures.draw_all(groups, out, reference)
+        published = tables.read_published_curves(Path(PUBLISHED.value)) if PUBLISHED.value else None
+        drawn = figures.draw_all(groups, out, published)
         if list(out.glob("*/summary.json")):
             tables.write_readme(out, drawn)
         print(f"written to {out}: {', '.join(drawn) or 'nothing'}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Every run of a named experiment, its table and its figures: `python scripts/reproduce.py depth`.
 
-Experiments: plain-vs-residual, depth, projection-init, reference, paper. Runs live in
+Experiments: plain-vs-residual, depth, projection-init, tanjeffreyz, paper. Runs live in
 runs/EXPERIMENT/NETWORK-sSEED; what is small of a finished one goes to OUT/NETWORK-sSEED, and the
 table and the figures to OUT. The same command again skips what is finished and goes on with the
 rest. On a machine with several accelerators each has one run at a time.
@@ -19,7 +19,7 @@ from flax_resnet import cli
 from flax_resnet.errors import ConfigError
 from flax_resnet.studies import figures, recipes, sweep, tables
 from flax_resnet.studies.recipes import Job
-from flax_resnet.studies.responses import measure
+from flax_resnet.studies.responses import record
 from flax_resnet.training import workdir
 from flax_resnet.training.loop import fit
 
@@ -92,7 +92,7 @@ def run(name: str, jobs: list[Job], workdirs: Path, out: Path) -> dict[str, str]
 def train(directory: Path, batch_statistics: bool) -> None:
     sweep.stop_with_parent()
     fit(cli.checked(workdir.read_config(directory)), directory)
-    measure(directory, batch_statistics=batch_statistics)
+    record(directory, batch_statistics=batch_statistics)
 
 
 def report(name: str, out: Path) -> None:

@@ -1,1 +1,1 @@
-"""The PyTorch reference: flax_resnet's mirror, file by file, to prove it right."""
+"""The PyTorch twin: flax_resnet's mirror, file by file, to prove it right."""

@@ -32,6 +32,9 @@ class ResNet(nn.Module):
         config: depth 6n + 2, kind of shortcut and the other options; its compute type must be
             float32 or float64 (bfloat16 is autocast's business).
 
+    Attributes:
+        architecture: what a checkpoint of this network fixes.
+
     Raises:
         ConfigError: the depth is not 6n + 2.
     """
@@ -39,6 +42,7 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNetConfig):
         super().__init__()
         config.validate()
+        self.architecture = config.architecture
         self.conv1 = conv3x3(config, 3, 16)
         self.bn1 = batch_norm(config, 16) if config.stem is Stem.CONV_BN_RELU else None
         self.stages = nn.ModuleList()
@@ -108,7 +112,7 @@ class ZeroPad(nn.Module):
 
 
 class Projection1x1(nn.Module):
-    """Options B and C: a 1x1 convolution, with BatchNorm or (the reference) with a bias."""
+    """Options B and C: a 1x1 convolution, with BatchNorm or (tanjeffreyz) with a bias."""
 
     def __init__(self, config: ResNetConfig, c_in: int, c_out: int, stride: int):
         super().__init__()

@@ -41,11 +41,11 @@ def make_normalization(
     """The constants of a preprocessing, from the training images where it needs them."""
     ones = np.ones(3)
     match preprocess:
-        case Preprocess.PAPER:
+        case Preprocess.MEAN_IMAGE:
             return Normalization(1.0, train.mean(0, dtype=np.float64), ones)
-        case Preprocess.REFERENCE:
+        case Preprocess.OWN_MEAN:
             return Normalization(1 / 255, None, ones)
-        case Preprocess.AKAMASTER:
+        case Preprocess.IMAGENET:
             return Normalization(1 / 255, np.array(IMAGENET_MEAN), np.array(IMAGENET_STD))
         case Preprocess.STANDARDIZE:
             mean = train.mean((0, 1, 2), dtype=np.float64) / 255

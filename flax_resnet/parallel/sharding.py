@@ -64,7 +64,7 @@ def compile_step(
         if jax.process_count() > 1:
             raise ConfigError(
                 "parallel must be jit when several processes train together, got pmap; "
-                "--config.model.batch_norm=replica gives the same statistics"
+                "--config.batch_norm=replica gives the same statistics"
             )
         return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,))
     return jax.jit(

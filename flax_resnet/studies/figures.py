@@ -2,7 +2,7 @@
 
 Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles and markers say the
 same for greyscale. Bold lines are test errors, light ones training errors, as in the paper's
-figure 6 and in the reference's figures. Bands are one sample standard deviation over the seeds.
+figure 6 and in tanjeffreyz's figures. Bands are one sample standard deviation over the seeds.
 """
 
 import contextlib
@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flax_resnet.config import Shortcut
-from flax_resnet.studies.recipes import label
-from flax_resnet.studies.tables import AKAMASTER, PAPER, PUBLISHED, REFERENCE, Group, spread
+from flax_resnet.studies.tables import AKAMASTER, PAPER, PUBLISHED, TANJEFFREYZ, Group, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Reference = Mapping[str, Sequence[np.ndarray]]  # test curves by label: steps, errors in %
-NO_CURVES: Reference = {}
+Curves = Mapping[str, Sequence[np.ndarray]]  # test curves by label: steps, errors in %
+NO_CURVES: Curves = {}
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, BLACK = "#56B4E9", "#CC79A7", "#000000"
@@ -63,15 +62,15 @@ DEPTH_STYLES = [
 ]
 
 
-def draw_all(groups: Sequence[Group], out: Path, reference: Reference | None = None) -> list[str]:
+def draw_all(groups: Sequence[Group], out: Path, published: Curves | None = None) -> list[str]:
     """Every figure that `groups` have the runs for, as PNG and SVG; the names of the PNG files.
 
     Of several datasets, that of most groups is drawn.
 
     Args:
-        reference: curves of `results.read_reference`, to be drawn beside ours.
+        published: curves of `tables.read_published_curves`, to be drawn beside ours.
     """
-    reference = reference or {}
+    published = published or {}
     out.mkdir(parents=True, exist_ok=True)
     datasets = [group.config.data.name for group in groups]
     commonest = max(datasets, key=datasets.count)
@@ -83,9 +82,9 @@ def draw_all(groups: Sequence[Group], out: Path, reference: Reference | None = N
         drawn: dict[str, Figure] = {}
         if len(alike) > 1:
             name = "plain_vs_residual" if len(set(map(is_plain, alike))) == 2 else "curves"
-            drawn[name] = curves(alike, reference)
+            drawn[name] = curves(alike, published)
         if pair is not None:
-            drawn["side_by_side"] = side_by_side(*pair, reference)
+            drawn["side_by_side"] = side_by_side(*pair, published)
         if len(depths(groups)) > 1:
             drawn["depth"] = error_by_depth(groups)
         if responded(groups):
@@ -98,7 +97,7 @@ def draw_all(groups: Sequence[Group], out: Path, reference: Reference | None = N
 
 
 def short_labels(groups: Sequence[Group]) -> list[Group]:
-    """Without the family, such as " (reference)", if it is that of all: their tables are narrow."""
+    """Without the family, such as " (tanjeffreyz)", if all share it: their tables are narrow."""
     families = {group.label.partition(" (")[2] for group in groups}
     if len(families) > 1:
         return list(groups)
@@ -116,21 +115,21 @@ def settings() -> Iterator[None]:
 # --- Error against the step -----------------------------------------------------------------------
 
 
-def curves(groups: Sequence[Group], reference: Reference = NO_CURVES) -> "Figure":
+def curves(groups: Sequence[Group], published: Curves = NO_CURVES) -> "Figure":
     """Error against the step, and a table of the last errors beside it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
     for group, style in zip(groups, styles(groups), strict=True):
-        draw_curve(left, group, style, reference)
-    finish_curves(left, groups, reference)
+        draw_curve(left, group, style, published)
+    finish_curves(left, groups, published)
     draw_table(right, groups)
     return figure
 
 
 def side_by_side(
-    plain: Sequence[Group], residual: Sequence[Group], reference: Reference = NO_CURVES
+    plain: Sequence[Group], residual: Sequence[Group], published: Curves = NO_CURVES
 ) -> "Figure":
     """Plain networks left, residual ones right, by depth."""
     from matplotlib.figure import Figure
@@ -140,17 +139,17 @@ def side_by_side(
     pair = {"plain": plain, "residual": residual}
     for axes, (title, side) in zip(figure.subplots(1, 2, sharey=True), pair.items(), strict=True):
         for group, style in zip(side, styles(side, by_depth=order), strict=True):
-            draw_curve(axes, group, style, reference)
-        finish_curves(axes, side, reference)
+            draw_curve(axes, group, style, published)
+        finish_curves(axes, side, published)
         axes.set_title(title, fontsize=10)
     figure.axes[0].set_ylim(0, max(map(top, pair.values())))
     figure.axes[1].set_ylabel("")
     return figure
 
 
-def draw_curve(axes: "Axes", group: Group, style: Style, reference: Reference) -> None:
-    """Bold test error with a band over the seeds, light training error; the reference's dotted."""
-    for theirs in reference.get(label(group.config.model).split(" (")[0], []):
+def draw_curve(axes: "Axes", group: Group, style: Style, published: Curves) -> None:
+    """Bold test error with a band over the seeds, light training error; tanjeffreyz's dotted."""
+    for theirs in published.get(group.config.model.label.split(" (")[0], []):
         axes.plot(*theirs, color=style.color, ls=(0, (0.5, 1.5)), lw=1)
     steps, errors = stacked(group, "test")
     mean, deviation = errors.mean(0), deviation_of(errors)
@@ -174,7 +173,7 @@ def draw_curve(axes: "Axes", group: Group, style: Style, reference: Reference) -
         axes.fill_between(steps, low, high, color=style.color, alpha=0.2, lw=0)
 
 
-def finish_curves(axes: "Axes", groups: Sequence[Group], reference: Reference) -> None:
+def finish_curves(axes: "Axes", groups: Sequence[Group], published: Curves) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
@@ -189,7 +188,7 @@ def finish_curves(axes: "Axes", groups: Sequence[Group], reference: Reference) -
         ncols=2,
         handlelength=4.2,
         columnspacing=1.2,
-        title="bold: test, light: training" + (", dotted: reference, test" if reference else ""),
+        title="bold: test, light: training" + (", dotted: tanjeffreyz, test" if published else ""),
     )
     legend.get_title().set_fontsize(8)
 
@@ -262,7 +261,7 @@ def error_by_depth(groups: Sequence[Group]) -> "Figure":
         )
         axes.fill_between(x, mean - deviation, mean + deviation, color=style.color, alpha=0.2, lw=0)
     beside = 0.025 * (len(place) - 1)  # our points, not upon them
-    marks = {PAPER: ("*", 8, -beside), AKAMASTER: ("x", 5.5, beside), REFERENCE: ("+", 7, beside)}
+    marks = {PAPER: ("*", 8, -beside), AKAMASTER: ("x", 5.5, beside), TANJEFFREYZ: ("+", 7, beside)}
     for source, (marker, size, shift) in marks.items():
         for shortcut in shortcuts:
             points = [

@@ -10,20 +10,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flax_resnet.config import (
-    ChannelPad,
     Experiment,
     Preprocess,
-    Projection,
     ProjectionInit,
     ResNetConfig,
     Shortcut,
-    Stem,
 )
 from flax_resnet.errors import ConfigError
 
 Recipe = Callable[[int, Shortcut], Experiment]
 
-REFERENCE_STEPS = 62_560  # 160 epochs of 391 batches
+TANJEFFREYZ_STEPS = 62_560  # 160 epochs of 391 batches
 MIN_STEPS = 4  # below, the two drops of the learning rate fall together
 NAME = re.compile(r"(plain|A|B|C)-(\d+)(?:-(average|kaiming))?")
 
@@ -35,7 +32,7 @@ class Study:
     title: str
     networks: tuple[str, ...]  # in the order in which they are worth their time
     recipe: Recipe
-    batch_statistics: bool = False  # test also with BatchNorm in training mode, as the reference
+    batch_statistics: bool = False  # test also with BatchNorm in training mode, as tanjeffreyz
 
 
 class Job(NamedTuple):
@@ -59,12 +56,12 @@ def paper_split(depth: int, shortcut: Shortcut) -> Experiment:
     return config
 
 
-def reference(depth: int, shortcut: Shortcut) -> Experiment:
+def tanjeffreyz(depth: int, shortcut: Shortcut) -> Experiment:
     """The network and recipe of the PyTorch system that this project reimplements."""
-    config = Experiment(model=ResNetConfig.reference(depth, shortcut))
-    config.data.preprocess = Preprocess.REFERENCE
+    config = Experiment(model=ResNetConfig.tanjeffreyz(depth, shortcut))
+    config.data.preprocess = Preprocess.OWN_MEAN
     config.data.flip = False
-    config.train.steps = REFERENCE_STEPS
+    config.train.steps = TANJEFFREYZ_STEPS
     config.optim.warmup_steps = 391 if depth >= 56 else 0  # its first epoch
     return config
 
@@ -83,10 +80,10 @@ STUDIES = {
     "projection-init": Study(
         "Option B's projections, Kaiming against 1/C_in", ("B-20", "B-20-average"), paper
     ),
-    "reference": Study(
-        "The reference's own networks and recipe",
+    "tanjeffreyz": Study(
+        "tanjeffreyz's own networks and recipe",
         (*both(20, 56, 32, 44), "B-20", "B-32"),
-        reference,
+        tanjeffreyz,
         batch_statistics=True,
     ),
     "paper": Study(
@@ -171,21 +168,6 @@ def pace(config: Experiment) -> None:
     settings.log_every = max(1, min(settings.steps // 4, max(10, settings.steps // 640)))
     settings.evaluate_every = min(settings.steps, max(250, settings.steps // 64))
     settings.checkpoint_every = settings.evaluate_every
-
-
-def label(model: ResNetConfig) -> str:
-    """What a network is called in tables and legends: "plain-20", "ResNet-20 B, 1/C_in"."""
-    plain = model.shortcut is Shortcut.PLAIN
-    name = f"plain-{model.depth}" if plain else f"ResNet-{model.depth} {model.shortcut.value}"
-    if model.shortcut in (Shortcut.B, Shortcut.C):
-        average = model.projection_init is ProjectionInit.AVERAGE
-        if average != (model.projection is Projection.CONV_BIAS):  # the reference's usual
-            name += ", 1/C_in" if average else ", Kaiming"
-    if model.stem is Stem.CONV:
-        name += " (reference)"
-    elif model.shortcut is Shortcut.A and model.channel_pad is ChannelPad.CENTRE:
-        name += " (akamaster)"
-    return name
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -19,7 +19,7 @@ from flax_resnet.resnet import ResNet, abstract, param_dtype
 from flax_resnet.step import init
 from flax_resnet.training import workdir
 from flax_resnet.training.checkpoint import load_state
-from flax_resnet.training.evaluation import make_evaluate_as_reference
+from flax_resnet.training.evaluation import make_evaluate_by_batch_statistics
 
 RESPONSES = "layer_responses.json"
 BATCH_STATISTICS = "batch_statistics.json"
@@ -27,12 +27,12 @@ NUM_IMAGES = 2000  # for the responses: their deviation hardly varies from image
 BATCH_SIZE = 500
 
 
-def measure(directory: Path, *, batch_statistics: bool = False) -> None:
+def record(directory: Path, *, batch_statistics: bool = False) -> None:
     """Writes layer_responses.json into a finished run's work directory, unless it is there.
 
     Args:
         batch_statistics: also batch_statistics.json, the test error and loss with BatchNorm in
-            training mode, as the reference tested.
+            training mode, as tanjeffreyz tested.
 
     Raises:
         CheckpointError: the run is not finished, or its last checkpoint is gone or damaged.
@@ -51,7 +51,7 @@ def measure(directory: Path, *, batch_statistics: bool = False) -> None:
     workdir.write_json(directory / RESPONSES, found)
     if batch_statistics:
         mesh = sharding.data_mesh()
-        evaluate = make_evaluate_as_reference(config.model, constants, mesh)
+        evaluate = make_evaluate_by_batch_statistics(config.model, constants, mesh)
         arrays = sharding.replicate(mesh, (params, batch_stats, splits["test"]))
         result = evaluate(*arrays).mean()
         tree = {"test_error": result["error"], "test_loss": result["loss"]}
@@ -98,7 +98,7 @@ def layer_responses(
 def layer_outputs(model: ResNet, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b h2 w2 c2"]]:
     """Every 3x3 layer's output after BatchNorm, before ReLU and addition; names: `layer_names`.
 
-    The reference's stem has no BatchNorm: its output is the bare convolution's.
+    tanjeffreyz's stem has no BatchNorm: its output is the bare convolution's.
     """
     y = model.conv1(x)
     found = [y if model.bn1 is None else model.bn1(y)]

@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_resnet.config import Dataset, Experiment, OptimConfig, Stem, TrainConfig
 from flax_resnet.errors import ResultsError
-from flax_resnet.studies.recipes import REFERENCE_STEPS, STUDIES, label
+from flax_resnet.studies.recipes import STUDIES, TANJEFFREYZ_STEPS
 from flax_resnet.studies.responses import BATCH_STATISTICS, RESPONSES
 from flax_resnet.training.metrics_log import Row, read_metrics
 
@@ -24,10 +24,10 @@ SMALL_FILES = ("config.json", "metrics.jsonl", RESPONSES, BATCH_STATISTICS, "sum
 STEPS_PER_EPOCH = 391  # of 128 out of 50,000
 SWEEP = "sweep.json"  # beside the runs: how they were made
 
-PAPER, AKAMASTER, REFERENCE = "paper", "akamaster", "reference"
+PAPER, AKAMASTER, TANJEFFREYZ = "paper", "akamaster", "tanjeffreyz"
 # Test errors in % on CIFAR-10. The paper's: table 6 (ResNet-110: the best of 5, whose mean is
 # 6.61). akamaster's: README of github.com/akamaster/pytorch_resnet_cifar10, one run each. The
-# reference's: its 12 published runs, last epoch, tested with BatchNorm in training mode.
+# tanjeffreyz's: its 12 published runs, last epoch, tested with BatchNorm in training mode.
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     PAPER: {
         "ResNet-20 A": (8.75,),
@@ -45,7 +45,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
         "ResNet-110 A": (6.32,),
         "ResNet-1202 A": (6.18,),
     },
-    REFERENCE: {
+    TANJEFFREYZ: {
         "plain-20": (12.42,),
         "plain-32": (12.76,),
         "plain-44": (15.34,),
@@ -102,7 +102,7 @@ class Group(NamedTuple):
         """In %; () for a network that has none, or other data than CIFAR-10."""
         if self.config.data.name is not Dataset.CIFAR10:
             return ()
-        return PUBLISHED[source].get(label(self.config.model).split(" (")[0], ())
+        return PUBLISHED[source].get(self.config.model.label.split(" (")[0], ())
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -141,8 +141,8 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     return list(found.values())
 
 
-def read_reference(directory: Path) -> dict[str, list[np.ndarray]]:
-    """The published test curves of the reference, by label: steps and errors in %, (2, tests) each.
+def read_published_curves(directory: Path) -> dict[str, list[np.ndarray]]:
+    """The published test curves of tanjeffreyz, by label: steps and errors in %, (2, tests) each.
 
     Args:
         directory: of its metrics, holding such as CifarResNet-20-R-A-DATE/test_errors.npy, whose
@@ -170,7 +170,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         del tree["seed"], tree["data"]["dir"]
         groups.setdefault(json.dumps([tree, data_of(run)], sort_keys=True), []).append(run)
     made = [
-        Group(label(runs[0].config.model), sorted(runs, key=lambda run: run.config.seed))
+        Group(runs[0].config.model.label, sorted(runs, key=lambda run: run.config.seed))
         for runs in groups.values()
     ]
     order = ["plain", "A", "B", "C"]
@@ -208,7 +208,7 @@ def write_readme(directory: Path, figures: Sequence[str] = ()) -> None:
     Args:
         figures: names of PNG files in `directory`.
     """
-    lines = [f"# {title(directory)}", "", *made_by(directory)]
+    lines = [f"# {heading(directory)}", "", *made_by(directory)]
     lines += table(group_runs(find_runs([directory])), directory)
     for name in figures:
         lines += ["", f"![{Path(name).stem.replace('_', ' ')}]({name})"]
@@ -220,7 +220,7 @@ def write_index(root: Path) -> None:
     """root/README.md: the table of every experiment below `root`."""
     lines = ["# Results", "", "Written by `scripts/reproduce.py` and `scripts/plot.py`.", ""]
     for directory in sorted({path.parent.parent for path in root.glob("*/*/summary.json")}):
-        lines += [f"## {title(directory)}", "", *made_by(directory)]
+        lines += [f"## {heading(directory)}", "", *made_by(directory)]
         lines += [*table(group_runs(find_runs([directory])), root), ""]
         if (directory / "README.md").exists():
             lines += [f"[Figures]({directory.name}/README.md)", ""]
@@ -231,11 +231,11 @@ NOTES = """\
 Test error: at the last step, never the best one; mean ± sample standard deviation over the seeds.
 Training error: mean over the last tenth of the steps, on augmented images, while training.
 Published, in %: the paper's table 6 (ResNet-110: the best of 5 runs); one run each of
-akamaster/pytorch_resnet_cifar10; the reference's last epochs, tested with BatchNorm in training
+akamaster/pytorch_resnet_cifar10; tanjeffreyz's last epochs, tested with BatchNorm in training
 mode."""
 
 
-def title(directory: Path) -> str:
+def heading(directory: Path) -> str:
     study = STUDIES.get(read_sweep(directory).get("experiment", ""))
     return study.title if study else directory.name
 
@@ -253,16 +253,16 @@ def read_sweep(directory: Path) -> dict[str, Any]:
 
 def table(groups: Sequence[Group], base: Path) -> list[str]:
     """Markdown, a row for each group; links are relative to `base`."""
-    tested_as_reference = any(run.batch_statistics for group in groups for run in group.runs)
+    by_batch_statistics = any(run.batch_statistics for group in groups for run in group.runs)
     head = ["network", "seeds", "steps", "data", "test error, %"]
-    head += ["with batch statistics, %"] if tested_as_reference else []
+    head += ["with batch statistics, %"] if by_batch_statistics else []
     head += ["training error, %", *PUBLISHED, "hardware", "hours a run", "runs"]
     rows = [head, ["---"] * len(head)]
     for group in groups:
         runs = group.runs
         row = [group.label, ", ".join(str(run.config.seed) for run in runs)]
         row += [schedule(group.config), data_of(runs[0]), f"**{spread(group.test_errors)}**"]
-        if tested_as_reference:
+        if by_batch_statistics:
             found = [run.batch_statistics["test_error"] for run in runs if run.batch_statistics]
             row.append(spread(100 * np.array(found)))
         row.append(spread(100 * np.array([run.late_training_error for run in runs])))
@@ -285,7 +285,7 @@ def spread(values: np.ndarray) -> str:
 def schedule(config: Experiment) -> str:
     """The number of steps; where that is not the recipe's, also what became of the schedule."""
     optim, steps = config.optim, config.train.steps
-    full = REFERENCE_STEPS if config.model.stem is Stem.CONV else TrainConfig().steps
+    full = TANJEFFREYZ_STEPS if config.model.stem is Stem.CONV else TrainConfig().steps
     text = f"{steps:,}"
     if (steps, optim.boundaries) != (full, OptimConfig().boundaries):
         drops = [f"{boundary:,}" for boundary in optim.boundaries if boundary < steps]

@@ -18,7 +18,7 @@ from flax_resnet.step import Metrics, Program, eval_step, measure
 
 Evaluate = Callable[[Tree, Tree, Examples], Metrics]
 
-REFERENCE_BATCH_SIZE = 128
+TANJEFFREYZ_BATCH_SIZE = 128
 
 
 def make_evaluate(
@@ -53,13 +53,13 @@ def make_evaluate(
     return evaluate
 
 
-def make_evaluate_as_reference(
+def make_evaluate_by_batch_statistics(
     config: ResNetConfig, constants: Normalization, mesh: Mesh
 ) -> Evaluate:
-    """Like `make_evaluate`, with the reference's slip: BatchNorm stays in training mode.
+    """Like `make_evaluate`, with tanjeffreyz's slip: BatchNorm stays in training mode.
 
     It normalises each test batch (128 images in order, the last batch being what is left) by the
-    batch's own statistics. The reference let the running ones follow them; here they stay.
+    batch's own statistics. tanjeffreyz let the running ones follow them; here they stay.
     """
     graphdef, _, _ = abstract(config)
 
@@ -74,8 +74,8 @@ def make_evaluate_as_reference(
     def evaluate(params: Tree, batch_stats: Tree, examples: Examples) -> Metrics:
         total = sharding.replicate(mesh, Metrics.zeros())
         index = np.arange(len(examples.label), dtype=np.int32)
-        for start in range(0, len(index), REFERENCE_BATCH_SIZE):
-            part = sharding.replicate(mesh, index[start : start + REFERENCE_BATCH_SIZE])
+        for start in range(0, len(index), TANJEFFREYZ_BATCH_SIZE):
+            part = sharding.replicate(mesh, index[start : start + TANJEFFREYZ_BATCH_SIZE])
             total = call(total, (params, batch_stats, examples), part)
         return total
 

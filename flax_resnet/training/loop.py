@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from flax_resnet.config import Experiment, Shortcut, TrainConfig
+from flax_resnet.config import Experiment, TrainConfig
 from flax_resnet.data import order, pixels, source
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.order import Draw
@@ -79,7 +79,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
                 summary = summarize(config, state, rows)
                 summary |= {f"{name}_examples": len(split.label) for name, split in splits.items()}
                 summary["cpu_cores"] = os.cpu_count()
-                plot_curves(rows, workdir / "curves.png", title(config))
+                plot_curves(rows, workdir / "curves.png", config.model.label)
                 write_json(finished, summary)
                 return summary
 
@@ -250,20 +250,12 @@ def progress_bar(config: Experiment, step: int) -> tqdm:
     return tqdm(
         total=config.train.steps,
         initial=step,
-        desc=title(config),
+        desc=config.model.label,
         unit="step",
         disable=not is_first(),
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs fewer lines
     )
-
-
-def title(config: Experiment) -> str:
-    """Such as "ResNet-20 A" or "plain-20"."""
-    model = config.model
-    if model.shortcut is Shortcut.PLAIN:
-        return f"plain-{model.depth}"
-    return f"ResNet-{model.depth} {model.shortcut.value}"
 
 
 class Clock:

@@ -32,17 +32,17 @@ class Layout(enum.Enum):
     TWIN = "twin"  # torch_ref
     TORCHVISION = "torchvision"  # also chenyaofo/pytorch-cifar-models
     AKAMASTER = "akamaster"  # akamaster/pytorch_resnet_cifar10, saved from within DataParallel
-    REFERENCE = "reference"  # the system that this project reimplements
+    TANJEFFREYZ = "tanjeffreyz"  # the system that this project reimplements
 
 
 USUAL_PREPROCESS = {  # what networks of each layout are usually fed; no key tells
-    Layout.TWIN: Preprocess.PAPER,
+    Layout.TWIN: Preprocess.MEAN_IMAGE,
     Layout.TORCHVISION: Preprocess.STANDARDIZE,
-    Layout.AKAMASTER: Preprocess.AKAMASTER,
-    Layout.REFERENCE: Preprocess.REFERENCE,
+    Layout.AKAMASTER: Preprocess.IMAGENET,
+    Layout.TANJEFFREYZ: Preprocess.OWN_MEAN,
 }
 
-REFERENCE_MODULES = {"conv1": "0", "bn1": "1", "conv2": "3", "bn2": "4"}
+TANJEFFREYZ_MODULES = {"conv1": "0", "bn1": "1", "conv2": "3", "bn2": "4"}
 PROJECTION_NAMES = {Layout.TORCHVISION: "downsample", Layout.AKAMASTER: "shortcut"}
 
 
@@ -58,7 +58,7 @@ def recognize(state_dict: StateDict) -> Layout:
     if some(r"layer\d\."):
         return Layout.AKAMASTER if some(r"linear\.") else Layout.TORCHVISION
     if some(r"model\.\d+\.model\."):
-        return Layout.REFERENCE
+        return Layout.TANJEFFREYZ
     known = ", ".join(layout.value for layout in Layout)
     raise WeightsError(
         f"the keys must be of a known layout ({known}), got {listed(sorted(keys)) or 'none'}"
@@ -80,7 +80,7 @@ def to_key(name: str, layout: Layout, blocks_per_stage: int) -> str:
     """A name as `layout` has it."""
     if layout is Layout.TWIN:
         return name
-    if layout is Layout.REFERENCE:
+    if layout is Layout.TANJEFFREYZ:
         if name.startswith("conv1."):
             return name.replace("conv1", "model.0")
         if name.startswith("fc."):
@@ -89,7 +89,7 @@ def to_key(name: str, layout: Layout, blocks_per_stage: int) -> str:
         index = 1 + int(stage) * blocks_per_stage + int(block)
         if module == "shortcut":
             return f"model.{index}.{rest.replace('conv', 'conv_downsample')}"
-        return f"model.{index}.model.{REFERENCE_MODULES[module]}.{rest}"
+        return f"model.{index}.model.{TANJEFFREYZ_MODULES[module]}.{rest}"
     name = re.sub(r"^stages\.(\d)", lambda m: f"layer{int(m[1]) + 1}", name)
     for i, part in enumerate(("conv", "bn")):
         name = name.replace(f"shortcut.{part}.", f"{PROJECTION_NAMES[layout]}.{i}.")
@@ -101,8 +101,8 @@ def to_key(name: str, layout: Layout, blocks_per_stage: int) -> str:
 def to_name(key: str, layout: Layout, keys: Mapping[str, Any]) -> str:
     """Inverse of `to_key`; `keys` are all of them. An unknown key is its own name."""
     key = key.removeprefix("module.")
-    if layout is Layout.REFERENCE:
-        return _reference_name(key, keys)
+    if layout is Layout.TANJEFFREYZ:
+        return _tanjeffreyz_name(key, keys)
     if layout is not Layout.TWIN:
         key = re.sub(r"^layer(\d)", lambda m: f"stages.{int(m[1]) - 1}", key)
         key = re.sub(r"^linear\.", "fc.", key) if layout is Layout.AKAMASTER else key
@@ -111,7 +111,7 @@ def to_name(key: str, layout: Layout, keys: Mapping[str, Any]) -> str:
     return key
 
 
-def _reference_name(key: str, keys: Mapping[str, Any]) -> str:
+def _tanjeffreyz_name(key: str, keys: Mapping[str, Any]) -> str:
     indices = (re.match(r"(?:module\.)?model\.(\d{1,6})\.", k) for k in keys)
     last = max(int(match[1]) for match in indices if match)
     classifier = last if any(f"model.{last}.model.2." in k for k in keys) else last + 1
@@ -127,12 +127,12 @@ def _reference_name(key: str, keys: Mapping[str, Any]) -> str:
     block = f"stages.{(index - 1) // n}.{(index - 1) % n}"
     if module == "conv_downsample":
         return f"{block}.shortcut.conv.{rest}"
-    names = {number: name for name, number in REFERENCE_MODULES.items()}
+    names = {number: name for name, number in TANJEFFREYZ_MODULES.items()}
     return f"{block}.{names[match[3]]}.{rest}" if match[3] in names else key
 
 
 def unused_projections(config: ResNetConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """By name, the projections that the reference has in each downsampling block but does not use.
+    """By name, the projections that tanjeffreyz has in each downsampling block but does not use.
 
     Filled with 1/C_in, bias 0: no result depends on them. What a file had there is not kept.
     """
@@ -148,14 +148,14 @@ def unused_projections(config: ResNetConfig, dtype: Any = np.float32) -> dict[st
 
 def check_layout(config: ResNetConfig, layout: Layout) -> None:
     """Raises WeightsError unless networks of that layout can be such."""
-    reference = ResNetConfig.reference()
-    is_reference = (config.stem, config.conv_bias) == (reference.stem, reference.conv_bias)
+    tanjeffreyz = ResNetConfig.tanjeffreyz()
+    is_tanjeffreyz = (config.stem, config.conv_bias) == (tanjeffreyz.stem, tanjeffreyz.conv_bias)
     has_projection = config.shortcut in (Shortcut.B, Shortcut.C)
-    if has_projection and config.projection is not reference.projection:
-        is_reference = False
-    if layout is Layout.REFERENCE and not is_reference:
+    if has_projection and config.projection is not tanjeffreyz.projection:
+        is_tanjeffreyz = False
+    if layout is Layout.TANJEFFREYZ and not is_tanjeffreyz:
         raise WeightsError(
-            "the reference's layout has a bare convolution as stem, biases, and projections "
+            "tanjeffreyz's layout has a bare convolution as stem, biases, and projections "
             f"without BatchNorm, got {config}"
         )
 
@@ -180,14 +180,14 @@ def infer_config(
             raise WeightsError(f"{key} must have {dims} dimensions, got {state[name].shape}")
     choices: list[str] = []
     projections = sum(name.endswith("shortcut.conv.weight") for name in state)
-    is_reference = layout is Layout.REFERENCE
+    is_tanjeffreyz = layout is Layout.TANJEFFREYZ
     if shortcut is None and projections == 3 * n:
         shortcut = Shortcut.C
-    elif shortcut is None and projections and not is_reference:
+    elif shortcut is None and projections and not is_tanjeffreyz:
         shortcut = Shortcut.B
     elif shortcut is None:
         shortcut = Shortcut.A
-        others = "plain and B" if is_reference else "plain"
+        others = "plain and B" if is_tanjeffreyz else "plain"
         choices.append(f"shortcut A (no key tells it from {others} in the {layout.value} layout)")
     if channel_pad is None:
         centre = layout is Layout.AKAMASTER

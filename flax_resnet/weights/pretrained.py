@@ -72,7 +72,7 @@ def load_pretrained(
     found = imported.config
     if any(getattr(found, name) != getattr(model, name) for name in TOLD):
         raise WeightsError(f"{path} holds another network than its card says")
-    untold = {name: getattr(model, name) for name in ("projection_init", "dtype", "batch_norm")}
+    untold = {name: getattr(model, name) for name in ("projection_init", "dtype")}
     return imported._replace(config=dataclasses.replace(found, **untold)).model()
 
 

@@ -88,7 +88,7 @@ def to_state_dict(
     check_layout(config, layout)
     state = tree_to_torch(params) | tree_to_torch(batch_stats)
     state |= {name: np.array(step, np.int64) for name in counters(state)}
-    if layout is Layout.REFERENCE:
+    if layout is Layout.TANJEFFREYZ:
         state = unused_projections(config, state["fc.weight"].dtype) | state
     return {to_key(name, layout, config.blocks_per_stage): state[name] for name in state}
 
@@ -102,13 +102,13 @@ def from_state_dict(
 ) -> Imported:
     """The Flax network of a PyTorch state dict, whose layout and options its keys tell.
 
-    The reference has projections that no network of shortcut A uses; they are left out, and
+    tanjeffreyz has projections that no network of shortcut A uses; they are left out, and
     `to_state_dict` writes them as they were first filled, so that only they are lost on the way
     there and back.
 
     Args:
         shortcut: for where the keys cannot tell: plain and option A have the same, and in the
-            reference's layout B too. Without it the likeliest is assumed and said in `choices`.
+            tanjeffreyz's layout B too. Without it the likeliest is assumed and said in `choices`.
         channel_pad: the same for option A's padding, which no key tells.
         depth: what it must be, if that is known; the keys tell.
 
@@ -134,7 +134,7 @@ def from_state_dict(
     _, params, batch_stats = abstract(config)
     shapes = torch_shapes(params) | torch_shapes(batch_stats)
     unused = {name: x.shape for name, x in unused_projections(config).items()}
-    unused = unused if layout is Layout.REFERENCE else {}
+    unused = unused if layout is Layout.TANJEFFREYZ else {}
     tracked = dict.fromkeys(counters(shapes), ())
     known: dict[str, tuple[int, ...]] = shapes | unused | tracked
     check_names(network, keys, {n: key_of(n, layout, config, keys) for n in shapes}, known)
