@@ -7,6 +7,7 @@ parameters to 1e-12 of each tensor's largest value, as in test_parallel.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 from jax.sharding import Mesh
 
 from flax_resnet.config import Parallel
-from flax_resnet.errors import ConfigError
+from flax_resnet.errors import ConfigError, DatasetError
 from flax_resnet.parallel import processes, sharding
 from flax_resnet.step import init
 from flax_resnet.training.checkpoint import load_state
@@ -156,6 +157,42 @@ def test_devices_that_differ_in_number_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(jax, "devices", lambda: devices)
     with pytest.raises(ConfigError, match=r"as many devices .* got 2, 1"):
         sharding.data_mesh()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            ConfigError("steps must be less"),
+            ConfigError,
+            "process 0: steps must be less",
+        ),
+        (DatasetError("no CIFAR-10"), DatasetError, "process 0: no CIFAR-10"),
+        (
+            FileNotFoundError(2, "Not there", "a.json"),
+            FileNotFoundError,
+            "process 0: Not there: 'a",
+        ),
+        (KeyError("loss"), RuntimeError, "process 0: KeyError: 'loss'"),
+    ],
+)
+def test_a_failure_of_process_0_keeps_its_kind_everywhere(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_broadcast", lambda text: told.append(text) or told[0])
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as first:
+        processes.on_first(fail)
+    assert first.value is error
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(kind, match=re.escape(message)) as other:
+        processes.on_first(fail)
+    assert type(other.value) is kind
 
 
 def test_pmap_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

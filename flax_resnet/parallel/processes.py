@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_resnet.errors import CheckpointError, ConfigError, UserError
+from flax_resnet import errors
+from flax_resnet.errors import ConfigError, UserError
 
 SECONDS_TO_MEET = 300
 SECONDS_TO_LEAVE = 10  # after the last collective act, which all have been through
@@ -132,7 +133,8 @@ def on_first(function: Callable[[], Any]) -> Any:
     """What `function` returned in process 0 (JSON), in every process; only process 0 runs it.
 
     Raises:
-        UserError: it failed; in process 0 what it raised.
+        Exception: it failed, in every process: in process 0 what it raised, in the others an error
+            of the same kind, or a RuntimeError where the kind is none of ours nor the system's.
     """
     if jax.process_count() == 1:
         return function()
@@ -141,14 +143,32 @@ def on_first(function: Callable[[], Any]) -> Any:
     if is_first():
         try:
             answer = {"result": function()}
-        except (UserError, OSError) as e:
-            error, answer = e, {"error": str(e)}
+        # Whatever it is: the others wait for an answer.
+        except Exception as e:
+            error, answer = e, {"failure": failure(e)}
     answer = json.loads(_broadcast(json.dumps(answer)))
     if error is not None:
         raise error
-    if "error" in answer:
-        raise CheckpointError(f"process 0: {answer['error']}")
+    if "failure" in answer:
+        raise error_of(**answer["failure"])
     return answer["result"]
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What the other processes are told of an error, as JSON."""
+    number = error.errno if isinstance(error, OSError) else None
+    message = str(error).removeprefix(f"[Errno {number}] ")
+    return {"kind": type(error).__name__, "message": message, "number": number}
+
+
+def error_of(kind: str, message: str, number: int | None) -> Exception:
+    """The error of which `failure` told: one of ours, or the system's, known by its number."""
+    ours = getattr(errors, kind, None)
+    if isinstance(ours, type) and issubclass(ours, UserError):
+        return ours(f"process 0: {message}")
+    if number is not None:
+        return OSError(number, f"process 0: {message}")
+    return RuntimeError(f"process 0: {kind}: {message}")
 
 
 def from_first(tree: Any) -> Any:
