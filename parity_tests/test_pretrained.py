@@ -18,9 +18,9 @@ from flax_resnet.config import Dataset, Experiment, ResNetConfig, Shortcut
 from flax_resnet.data import digits
 from flax_resnet.data.pixels import make_normalization
 from flax_resnet.errors import WeightsError
+from flax_resnet.json_files import write_json
 from flax_resnet.resnet import split
 from flax_resnet.step import init
-from flax_resnet.training import workdir
 from flax_resnet.training.checkpoint import Checkpoints
 from flax_resnet.weights import pretrained
 
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = state._replace(step=jax.numpy.array(7, jax.numpy.int32))
     directory = tmp_path_factory.mktemp("run") / "plain8"
     directory.mkdir()
-    workdir.write_json(directory / "config.json", config.to_dict())
+    write_json(directory / "config.json", config.to_dict())
     row = {"step": 7, "split": "test", "error": 0.25, "loss": 1.5}
     (directory / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     with Checkpoints(directory / "checkpoints") as checkpoints:

@@ -28,6 +28,7 @@ from flax_resnet.config import (
     Shortcut,
 )
 from flax_resnet.errors import ConfigError
+from flax_resnet.json_files import write_json
 from flax_resnet.optim import make_optimizer
 from flax_resnet.step import Metrics, TrainState, init
 from flax_resnet.training import workdir
@@ -167,7 +168,7 @@ def write_flax(target: Path, imported: Imported) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        workdir.write_json(temporary / "config.json", config.to_dict())
+        write_json(temporary / "config.json", config.to_dict())
         with Checkpoints(temporary / "checkpoints") as checkpoints:
             checkpoints.save(state, None)
         load_state(temporary, state)  # read back: its digest is that of what was saved

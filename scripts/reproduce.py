@@ -17,6 +17,7 @@ from absl import flags
 
 from flax_resnet import cli
 from flax_resnet.errors import ConfigError
+from flax_resnet.json_files import write_json
 from flax_resnet.studies import figures, recipes, sweep, tables
 from flax_resnet.studies.recipes import Job
 from flax_resnet.studies.responses import record
@@ -100,7 +101,7 @@ def report(name: str, out: Path) -> None:
     if not list(out.glob("*/summary.json")):
         return
     command = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
-    workdir.write_json(out / tables.SWEEP, {"experiment": name, "command": command})
+    write_json(out / tables.SWEEP, {"experiment": name, "command": command})
     drawn = figures.draw_all(tables.group_runs(tables.find_runs([out])), out)
     tables.write_readme(out, drawn)
     if out.resolve().parent.name == "results":

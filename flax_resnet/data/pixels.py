@@ -4,7 +4,8 @@ Runs inside the compiled step, on the device. Which examples, crops and flips a 
 on the host (`order.py`).
 """
 
-from typing import NamedTuple
+import base64
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,27 @@ class Normalization(NamedTuple):
     scale: float
     mean: Float[np.ndarray, "..."] | None  # None: each image's own
     std: Float[np.ndarray, " 3"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constants as JSON knows them, to the last bit."""
+        mean = None if self.mean is None else _to_json(self.mean)
+        return {"scale": self.scale, "mean": mean, "std": _to_json(self.std)}
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Normalization":
+        """Inverse of `to_dict`. Raises KeyError, TypeError or ValueError for anything else."""
+        mean = None if tree["mean"] is None else _from_json(tree["mean"])
+        return cls(tree["scale"], mean, _from_json(tree["std"]))
+
+
+def _to_json(array: np.ndarray) -> dict[str, Any]:
+    """An array's shape, and its numbers as base64 of little-endian float64."""
+    content = base64.b64encode(np.asarray(array, "<f8").tobytes()).decode()
+    return {"shape": list(array.shape), "float64": content}
+
+
+def _from_json(tree: dict[str, Any]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(tree["float64"]), "<f8").reshape(tree["shape"])
 
 
 def make_normalization(

@@ -13,6 +13,7 @@ from flax_resnet.config import Experiment, ResNetConfig
 from flax_resnet.data import pixels, source
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import Normalization
+from flax_resnet.json_files import write_json
 from flax_resnet.nn.scan import Tree
 from flax_resnet.parallel import sharding
 from flax_resnet.resnet import ResNet, abstract, param_dtype
@@ -48,14 +49,14 @@ def record(directory: Path, *, batch_statistics: bool = False) -> None:
     splits = source.load(config.data)
     constants = pixels.make_normalization(config.data.preprocess, splits["train"].image)
     found = layer_responses(config, params, batch_stats, splits["test"], constants)
-    workdir.write_json(directory / RESPONSES, found)
+    write_json(directory / RESPONSES, found)
     if batch_statistics:
         mesh = sharding.data_mesh()
         evaluate = make_evaluate_by_batch_statistics(config.model, constants, mesh)
         arrays = sharding.replicate(mesh, (params, batch_stats, splits["test"]))
         result = evaluate(*arrays).mean()
         tree = {"test_error": result["error"], "test_loss": result["loss"]}
-        workdir.write_json(directory / BATCH_STATISTICS, tree)
+        write_json(directory / BATCH_STATISTICS, tree)
 
 
 def layer_responses(

@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from flax_resnet.config import Experiment
 from flax_resnet.errors import ConfigError
+from flax_resnet.json_files import write_json
 from flax_resnet.studies.recipes import Job
 from flax_resnet.training.metrics_log import read_metrics
 from flax_resnet.training.signals import stop_signal
-from flax_resnet.training.workdir import difference, read_config, write_json
+from flax_resnet.training.workdir import difference, read_config
 
 Environment = dict[str, str]
 

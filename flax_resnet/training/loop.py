@@ -24,6 +24,7 @@ from flax_resnet.data.examples import Examples
 from flax_resnet.data.order import Draw
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import TrainingError
+from flax_resnet.json_files import read_json, write_json
 from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.optim import make_schedule
 from flax_resnet.parallel import sharding
@@ -35,7 +36,7 @@ from flax_resnet.training.curves import plot_curves
 from flax_resnet.training.evaluation import make_evaluate
 from flax_resnet.training.metrics_log import MetricsLog, Row, SilentLog
 from flax_resnet.training.signals import stop_signal
-from flax_resnet.training.workdir import claimed, read_json, write_json
+from flax_resnet.training.workdir import claimed
 
 log = logging.getLogger(__name__)
 

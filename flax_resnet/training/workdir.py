@@ -4,7 +4,6 @@ It also has metrics.jsonl, tensorboard/, and once finished summary.json and curv
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import filelock
 
 from flax_resnet.config import Experiment
 from flax_resnet.errors import CheckpointError, ConfigError
+from flax_resnet.json_files import read_json, write_json
 from flax_resnet.parallel import processes
 
 MAX_DEPTH, MAX_CLASSES = 10_000, 100_000  # of a work directory that somebody else may have made
@@ -96,21 +96,3 @@ def locate(checkpoint: Path) -> tuple[Path, int | None]:
     if checkpoint.name.isdecimal() and checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent, int(checkpoint.name)
     return checkpoint, None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError unless it is a JSON object."""
-    try:
-        tree = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from e
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} must be a JSON object, got {type(tree).__name__}")
-    return tree
-
-
-def write_json(path: Path, tree: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n")
-    temporary.replace(path)

@@ -5,7 +5,6 @@ was trained, what it comes to, how its parity with PyTorch was checked, and the 
 tensors' file, without which nothing is loaded.
 """
 
-import base64
 import dataclasses
 import hashlib
 import json
@@ -13,14 +12,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from flax_resnet.config import Experiment
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.json_files import write_json
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet
-from flax_resnet.training.workdir import write_json
 from flax_resnet.weights import files
 from flax_resnet.weights.layouts import Layout
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
@@ -88,7 +85,7 @@ def read_card(path: Path) -> Card:
         if tree["format"] != FORMAT:
             raise WeightsError(f"{card} must be of format {FORMAT!r}, got {tree['format']!r}")
         config = Experiment.from_dict(tree["config"])
-        normalization = decode(tree["normalization"])
+        normalization = Normalization.from_dict(tree["normalization"])
         tree["sha256"]
     except FileNotFoundError as e:
         raise WeightsError(
@@ -151,30 +148,9 @@ def write(
         "step": step,
         **facts,
         "config": config.to_dict(),
-        "normalization": encode(normalization),
+        "normalization": normalization.to_dict(),
     }
     write_json(path.with_suffix(".json"), tree)
-
-
-def encode(constants: Normalization) -> dict[str, Any]:
-    """A Normalization as JSON knows it; arrays as base64 of little-endian float64."""
-
-    def tree(array: np.ndarray) -> dict[str, Any]:
-        content = base64.b64encode(np.asarray(array, "<f8").tobytes()).decode()
-        return {"shape": list(array.shape), "float64": content}
-
-    mean = None if constants.mean is None else tree(constants.mean)
-    return {"scale": constants.scale, "mean": mean, "std": tree(constants.std)}
-
-
-def decode(tree: dict[str, Any]) -> Normalization:
-    """Inverse of `encode`."""
-
-    def array(tree: dict[str, Any]) -> np.ndarray:
-        return np.frombuffer(base64.b64decode(tree["float64"]), "<f8").reshape(tree["shape"])
-
-    mean = None if tree["mean"] is None else array(tree["mean"])
-    return Normalization(tree["scale"], mean, array(tree["std"]))
 
 
 def sha256(path: Path) -> str:
