@@ -99,9 +99,9 @@ def dataset_path(root: Path) -> Path:
     return root / "cifar10" / "3.0.2"
 
 
-def cache_entry() -> Path:
-    """The one entry there is."""
-    (entry,) = (Path(os.environ["XDG_CACHE_HOME"]) / "flax-resnet").glob("*.npy")
+def cache_entry(split: str = "train") -> Path:
+    """The one entry there is of a split."""
+    (entry,) = (Path(os.environ["XDG_CACHE_HOME"]) / "flax-resnet").glob(f"*-{split}.npy")
     return entry
 
 
@@ -120,7 +120,9 @@ def flip(path: Path, offset: int) -> None:
 
 
 def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar10, "_decode", lambda builder: pytest.fail("decoded again"))
+    monkeypatch.setattr(
+        cifar10, "_decode", lambda builder, splits: splits and pytest.fail("decoded again")
+    )
 
 
 # Preparing.
@@ -405,6 +407,17 @@ def test_damaged_cache_is_found_and_built_again(root, prepared, caplog, monkeypa
     assert entry.read_bytes() == good
     forbid_decoding(monkeypatch)
     assert_same(cifar10.load(str(root)), prepared)
+
+
+def test_the_test_split_alone_reads_no_training_image(root, archive):
+    cifar10.load(str(root))
+    for path in (Path(os.environ["XDG_CACHE_HOME"]) / "flax-resnet").glob("*.npy"):
+        path.unlink()
+    (shard,) = dataset_path(root).glob("*-train.array_record-*")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    found = cifar10.load(str(root), ["test"])
+    assert_same(found, {"test": archive["test"]})
+    assert not list((Path(os.environ["XDG_CACHE_HOME"]) / "flax-resnet").glob("*-train.npy"))
 
 
 def test_another_dataset_in_the_same_place_takes_the_cache_over(root, prepared, monkeypatch):

@@ -19,7 +19,7 @@ import shutil
 import tarfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,24 @@ VERSION = "3.0.2"
 
 _SPLITS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 _TIMEOUT_SECONDS = 10  # to connect, and between two pieces of the download
-_CACHE_FORMAT = 1  # to be raised with every change to the layout of a cache entry
+_CACHE_FORMAT = 2  # to be raised with every change to the layout of a cache entry
 
 _log = logging.getLogger(__name__)
 
 
-def load(data_dir: str | None = None) -> dict[str, Examples]:
+def load(
+    data_dir: str | None = None, splits: Collection[str] = ("train", "test")
+) -> dict[str, Examples]:
     """Returns CIFAR-10, first downloaded and prepared if `data_dir` does not hold it.
 
     Args:
       data_dir: TFDS's data directory, the one with `cifar10/3.0.2` inside. By default TFDS's own
         choice: TFDS_DATA_DIR of the environment, else ~/tensorflow_datasets.
+      splits: which are wanted; the others are not read.
 
     Returns:
-      `{"train": Examples, "test": Examples}`, sorted by TFDS's `id`: the same order whatever the
-      sharding. A decoded copy is kept in `flax-resnet` under XDG_CACHE_HOME, by default ~/.cache.
+      The Examples of each split, sorted by TFDS's `id`: the same order whatever the sharding. A
+      decoded copy is kept in `flax-resnet` under XDG_CACHE_HOME, by default ~/.cache.
 
     Raises:
       DatasetError: the dataset is not there and cannot be had, or is damaged and the archive it
@@ -69,39 +72,45 @@ def load(data_dir: str | None = None) -> dict[str, Examples]:
     if not dataset.exists():
         _prepare(root, dataset)
     try:
-        return _load(dataset)
+        return _load(dataset, splits)
     except _DamagedError as error:
         if not _archive(root).exists():
             raise
         _prepare(root, dataset, error)
-        return _load(dataset)
+        return _load(dataset, splits)
 
 
 class _DamagedError(DatasetError):
     """What was prepared is not whole."""
 
 
-def _load(dataset: Path) -> dict[str, Examples]:
-    """Reads what is prepared, or the decoded copy of it in the cache."""
+def _load(dataset: Path, splits: Collection[str]) -> dict[str, Examples]:
+    """Reads what is prepared, or the decoded copy of it in the cache: a file for each split."""
     builder, fingerprint = _open(dataset)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax-resnet"
     stem = f"cifar10-{_sha256(os.fspath(dataset.resolve()))[:16]}"
-    entry = cache / f"{stem}-{fingerprint[:16]}.npy"
-    examples = None
+    entries = {split: cache / f"{stem}-{fingerprint[:16]}-{split}.npy" for split in splits}
+    found: dict[str, Examples] = {}
     try:
-        examples = _read_cache(entry)
-        if examples is None:
+        found = _read_entries(entries)
+        if len(found) < len(entries):
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / f"{stem}.lock"):
-                examples = _read_cache(entry)  # another process may have written it meanwhile
-                if examples is None:
-                    examples = _decode(builder)
-                    for old in cache.glob(f"{stem}-*"):
+                found = _read_entries(entries)  # another process may have written them meanwhile
+                missing = [split for split in splits if split not in found]
+                if missing:
+                    found |= _decode(builder, missing)
+                    for old in set(cache.glob(f"{stem}-*")) - set(
+                        cache.glob(f"{stem}-{fingerprint[:16]}-*")
+                    ):
                         old.unlink()
-                    _write_cache(entry, examples)
+                    for split in missing:
+                        _write_cache(entries[split], found[split])
     except OSError as error:
         _log.warning("going on without a cache of decoded images: %s", error)
-    return examples or _decode(builder)
+    if missing := [split for split in splits if split not in found]:
+        found |= _decode(builder, missing)
+    return {split: found[split] for split in splits}
 
 
 class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
@@ -248,9 +257,11 @@ def _is_whole(dataset: Path) -> bool:
     return True
 
 
-def _decode(builder: tfds.core.DatasetBuilder) -> dict[str, Examples]:
+def _decode(
+    builder: tfds.core.DatasetBuilder, splits: Collection[str] = tuple(_SPLITS)
+) -> dict[str, Examples]:
     """Reads and decodes all records, about 10,000 a second."""
-    return {split: _decode_split(builder, split) for split in _SPLITS}
+    return {split: _decode_split(builder, split) for split in splits}
 
 
 def _decode_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
@@ -280,15 +291,22 @@ def _decode_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
     return Examples(image[order], label[order])
 
 
-def _read_cache(entry: Path) -> dict[str, Examples] | None:
+def _read_entries(entries: dict[str, Path]) -> dict[str, Examples]:
+    """The splits that the cache has."""
+    read = {split: _read_cache(entry) for split, entry in entries.items()}
+    return {split: examples for split, examples in read.items() if examples is not None}
+
+
+def _read_cache(entry: Path) -> Examples | None:
     """Returns what `_write_cache` stored; None, and no file, if it is not the same to the bit."""
     try:
         with entry.open("rb") as file:
             digest = file.read(32)
             if digest == hashlib.file_digest(file, "sha256").digest():
                 file.seek(32)
-                arrays = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(4)]
-                return {"train": Examples(*arrays[:2]), "test": Examples(*arrays[2:])}
+                return Examples(
+                    *(np.lib.format.read_array(file, allow_pickle=False) for _ in range(2))
+                )
     except FileNotFoundError:
         return None
     _log.warning("%s is damaged: removed, to be decoded again", entry)
@@ -296,13 +314,13 @@ def _read_cache(entry: Path) -> dict[str, Examples] | None:
     return None
 
 
-def _write_cache(entry: Path, examples: dict[str, Examples]) -> None:
-    """Stores the four arrays behind the sha256 of their bytes; the caller holds the lock."""
+def _write_cache(entry: Path, examples: Examples) -> None:
+    """Stores the two arrays behind the sha256 of their bytes; the caller holds the lock."""
     partial = entry.with_suffix(".partial")
     try:
         with partial.open("w+b") as file:
             file.write(bytes(32))
-            for array in (*examples["train"], *examples["test"]):
+            for array in examples:
                 np.lib.format.write_array(file, array, allow_pickle=False)
             file.seek(32)
             digest = hashlib.file_digest(file, "sha256").digest()

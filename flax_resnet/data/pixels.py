@@ -19,6 +19,7 @@ from flax_resnet.data.order import Draw
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+FROM_TRAINING_IMAGES = (Preprocess.MEAN_IMAGE, Preprocess.STANDARDIZE)
 
 
 class Batch(NamedTuple):
@@ -58,21 +59,30 @@ def _from_json(tree: dict[str, Any]) -> np.ndarray:
 
 
 def make_normalization(
-    preprocess: Preprocess, train: UInt8[np.ndarray, "n h w 3"]
+    preprocess: Preprocess, train: UInt8[np.ndarray, "n h w 3"] | None = None
 ) -> Normalization:
-    """The constants of a preprocessing, from the training images where it needs them."""
+    """The constants of a preprocessing.
+
+    Args:
+        train: the training images, for those of FROM_TRAINING_IMAGES.
+
+    Raises:
+        ValueError: they are needed and not given.
+    """
     ones = np.ones(3)
-    match preprocess:
-        case Preprocess.MEAN_IMAGE:
-            return Normalization(1.0, train.mean(0, dtype=np.float64), ones)
-        case Preprocess.OWN_MEAN:
-            return Normalization(1 / 255, None, ones)
-        case Preprocess.IMAGENET:
-            return Normalization(1 / 255, np.array(IMAGENET_MEAN), np.array(IMAGENET_STD))
-        case Preprocess.STANDARDIZE:
-            mean = train.mean((0, 1, 2), dtype=np.float64) / 255
-            square = np.square(train, dtype=np.float32).mean((0, 1, 2), dtype=np.float64) / 255**2
-            return Normalization(1 / 255, mean, np.sqrt(square - mean**2))
+    if preprocess is Preprocess.OWN_MEAN:
+        return Normalization(1 / 255, None, ones)
+    if preprocess is Preprocess.IMAGENET:
+        return Normalization(1 / 255, np.array(IMAGENET_MEAN), np.array(IMAGENET_STD))
+    if train is None:
+        raise ValueError(
+            f"the constants of {preprocess.value} come from training images: give them"
+        )
+    if preprocess is Preprocess.MEAN_IMAGE:
+        return Normalization(1.0, train.mean(0, dtype=np.float64), ones)
+    mean = train.mean((0, 1, 2), dtype=np.float64) / 255
+    square = np.square(train, dtype=np.float32).mean((0, 1, 2), dtype=np.float64) / 255**2
+    return Normalization(1 / 255, mean, np.sqrt(square - mean**2))
 
 
 def normalize(
