@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from flax_resnet.config import Experiment, Parallel, Statistics
 from flax_resnet.data.pixels import Batch
@@ -30,9 +30,6 @@ class Metrics(NamedTuple):
 
     def plus(self, other: "Metrics") -> "Metrics":
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), self, other)
-
-    def zero_if(self, condition: Bool[Array, ""]) -> "Metrics":
-        return jax.tree.map(lambda x: jnp.where(condition, jnp.zeros_like(x), x), self)
 
     def mean(self) -> dict[str, float]:
         """Loss per example and fraction of errors, fetched to the host."""

@@ -19,18 +19,18 @@ from absl import flags
 
 from flax_resnet import cli
 from flax_resnet.config import DataConfig, Experiment, Preprocess
-from flax_resnet.data import pixels, source
+from flax_resnet.data import source
+from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError
-from flax_resnet.nn.scan import Tree
+from flax_resnet.nn.scan import Tree, stack
 from flax_resnet.parallel import sharding
 from flax_resnet.resnet import param_dtype
-from flax_resnet.step import init
-from flax_resnet.training import workdir
-from flax_resnet.training.checkpoint import load_state
+from flax_resnet.step import TrainState, init
 from flax_resnet.training.evaluation import make_evaluate, make_evaluate_by_batch_statistics
+from flax_resnet.training.workdir import open_run, read_config
 from flax_resnet.weights import files
 from flax_resnet.weights.layouts import USUAL_PREPROCESS
-from flax_resnet.weights.state_dict import from_state_dict
+from flax_resnet.weights.state_dict import Imported, from_state_dict
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "WORKDIR, WORKDIR/checkpoints/STEP or a PyTorch file"
@@ -49,46 +49,45 @@ class Subject(NamedTuple):
     config: Experiment
     params: Tree
     batch_stats: Tree
+    normalization: Normalization
     title: str
 
 
 def main() -> None:
     path = Path(CHECKPOINT.value)
-    config, params, batch_stats, title = read_run(path) if path.is_dir() else read_torch(path)
+    jax.config.update("jax_enable_x64", True)  # it may hold float64; `override` decides
+    subject = read_run(path) if path.is_dir() else read_torch(path)
+    config, params, batch_stats, constants, title = subject
     print(f"{title}, preprocess {config.data.preprocess.value}")
-    splits = source.load(config.data)
+    test = source.load(config.data, ("test",))["test"]
     mesh = sharding.data_mesh()
-    constants = pixels.make_normalization(config.data.preprocess, splits["train"].image)
     if BATCH_STATISTICS.value:
         evaluate = make_evaluate_by_batch_statistics(config.model, constants, mesh)
     else:
         size = config.train.eval_batch_size
         evaluate = make_evaluate(config.model, init(config)[0], constants, mesh, size)
-    arrays = sharding.replicate(mesh, (params, batch_stats, splits["test"]))
-    result = evaluate(*arrays).mean()
-    print(
-        json.dumps(
-            {
-                "test_error": result["error"],
-                "test_loss": result["loss"],
-                "examples": len(splits["test"].label),
-            }
-        )
-    )
+    result = evaluate(*sharding.replicate(mesh, (params, batch_stats, test))).mean()
+    tree = {"test_error": result["error"], "test_loss": result["loss"]}
+    print(json.dumps(tree | {"examples": len(test.label)}))
 
 
 def read_run(path: Path) -> Subject:
-    directory, step = workdir.locate(path)
-    config = with_preprocess(cli.override(workdir.read_config(directory)))
-    _, like = init(config)
-    state = load_state(directory, sharding.replicate(sharding.data_mesh(), like), step)
-    return Subject(config, state.params, state.batch_stats, f"{directory}, step {state.step}")
+    run = open_run(path)
+    config = with_preprocess(cli.override(read_config(run.directory)))
+    if config.model.architecture != run.config.model.architecture:
+        raise ConfigError(
+            f"{run.directory} says itself what its network is; --config.model takes dtype, "
+            "scan_blocks and remat of a run, nothing else"
+        )
+    told = config.data.preprocess is not run.config.data.preprocess
+    constants = source.normalization(config.data) if told else run.data_facts().normalization
+    title = f"{run.directory}, step {run.step}"
+    return Subject(config, *arrays(config, run.state), constants, title)
 
 
 def read_torch(path: Path) -> Subject:
     contents = files.read(path)
     told = cli.overrides()
-    jax.config.update("jax_enable_x64", True)  # the file may hold float64; `override` decides
     imported = from_state_dict(
         contents.state_dict,
         shortcut=told.get("model.shortcut"),
@@ -100,14 +99,20 @@ def read_torch(path: Path) -> Subject:
     usual = DataConfig(preprocess=USUAL_PREPROCESS[imported.layout])
     model = dataclasses.replace(imported.config)
     config = with_preprocess(cli.override(Experiment(model=model, data=usual)))
-    if dataclasses.replace(config.model, dtype=imported.config.dtype) != imported.config:
+    if config.model.architecture != imported.config.architecture:
         raise ConfigError(
             f"{path} tells itself what its network is; --config.model takes the shortcut, "
-            "channel_pad, depth and dtype of a PyTorch file, nothing else"
+            "channel_pad, depth, dtype, scan_blocks and remat of a PyTorch file, nothing else"
         )
-    arrays = imported.params, imported.batch_stats
-    params, batch_stats = jax.tree.map(lambda x: jnp.array(x, param_dtype(config.model)), arrays)
-    return Subject(config, params, batch_stats, f"{path}, layout {imported.layout.value}")
+    title = f"{path}, layout {imported.layout.value}"
+    return Subject(config, *arrays(config, imported), source.normalization(config.data), title)
+
+
+def arrays(config: Experiment, weights: TrainState | Imported) -> tuple[Tree, Tree]:
+    """Parameters and statistics as the network of `config` has them."""
+    trees = weights.params, weights.batch_stats
+    trees = jax.tree.map(lambda x: jnp.array(x, param_dtype(config.model)), trees)
+    return stack(trees) if config.model.scan_blocks else trees
 
 
 def with_preprocess(config: Experiment) -> Experiment:

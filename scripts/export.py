@@ -14,13 +14,10 @@ import jax
 from absl import flags
 
 from flax_resnet import cli
-from flax_resnet.config import DType, ResNetConfig
-from flax_resnet.data import pixels
+from flax_resnet.config import ResNetConfig
 from flax_resnet.errors import ConfigError, WeightsError
-from flax_resnet.step import init
-from flax_resnet.training import workdir
-from flax_resnet.training.checkpoint import load_state
 from flax_resnet.training.metrics_log import read_metrics
+from flax_resnet.training.workdir import open_run
 from flax_resnet.weights import files, pretrained
 from flax_resnet.weights.state_dict import from_state_dict
 
@@ -31,27 +28,22 @@ def main(source: str, out: str) -> None:
     path = Path(out)
     if path.exists() and not OVERWRITE.value:
         raise ConfigError(f"{path} is there already; --overwrite replaces it")
-    directory, step = workdir.locate(Path(source))
-    config = workdir.read_config(directory)
-    if config.model.dtype is DType.FLOAT64:
-        jax.config.update("jax_enable_x64", True)
-    state = load_state(directory, jax.eval_shape(lambda: init(config)[1]), step)
-    params, batch_stats = jax.device_get((state.params, state.batch_stats))
-    splits = source.load(config.data)
-    constants = pixels.make_normalization(config.data.preprocess, splits["train"].image)
-    sizes = {split: len(examples.label) for split, examples in splits.items()}
-    facts = {"examples": sizes} | measured(directory, int(state.step))
-    arguments = (config, params, batch_stats, constants, int(state.step))
+    jax.config.update("jax_enable_x64", True)  # the run may be in float64
+    run = open_run(Path(source))
+    data = run.data_facts()
+    facts = {"examples": data.examples} | measured(run.directory, run.step)
+    weights = run.state.params, run.state.batch_stats
+    arguments = (run.config, *weights, data.normalization, run.step)
     pretrained.write(path, *arguments, facts)
     try:
-        parity = check(path, config.model)
+        parity = check(path, run.config.model)
     except WeightsError:
         path.unlink()
         path.with_suffix(".json").unlink()
         raise
     pretrained.write(path, *arguments, facts | {"parity": parity})
     print(f"written: {path} ({path.stat().st_size:,} bytes) and {path.with_suffix('.json').name}")
-    print(json.dumps({"step": int(state.step), **facts, "parity": parity}))
+    print(json.dumps({"step": run.step, **facts, "parity": parity}))
 
 
 def measured(directory: Path, step: int) -> dict[str, Any]:

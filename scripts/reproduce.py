@@ -50,8 +50,8 @@ def main(name: str) -> None:
     workdirs = Path("runs") / out.name
     jobs = make_jobs(study)
     for job in jobs:
-        sweep.check_same(job.config, workdirs / job.name)
-        sweep.check_same(job.config, out / job.name)
+        for directory in (workdirs / job.name, out / job.name):
+            workdir.check_same(directory, job.config, "--out")
     failures = run(name, jobs, workdirs, out)
     report(name, out)
     for job, reason in failures.items():

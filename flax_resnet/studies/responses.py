@@ -17,10 +17,8 @@ from flax_resnet.json_files import write_json
 from flax_resnet.nn.scan import Tree
 from flax_resnet.parallel import sharding
 from flax_resnet.resnet import ResNet, abstract, param_dtype
-from flax_resnet.step import init
-from flax_resnet.training import workdir
-from flax_resnet.training.checkpoint import load_state
 from flax_resnet.training.evaluation import make_evaluate_by_batch_statistics
+from flax_resnet.training.workdir import open_run, read_config
 
 RESPONSES = "layer_responses.json"
 BATCH_STATISTICS = "batch_statistics.json"
@@ -41,19 +39,17 @@ def record(directory: Path, *, batch_statistics: bool = False) -> None:
     wanted = (RESPONSES, BATCH_STATISTICS) if batch_statistics else (RESPONSES,)
     if all((directory / name).exists() for name in wanted):
         return
-    config = workdir.read_config(directory)
-    config.model = config.model.block_by_block()
-    like = jax.eval_shape(lambda: init(config)[1])
-    state = load_state(directory, like, config.train.steps)
-    params, batch_stats = jax.device_get((state.params, state.batch_stats))
-    splits = source.load(config.data)
-    constants = pixels.make_normalization(config.data.preprocess, splits["train"].image)
-    found = layer_responses(config, params, batch_stats, splits["test"], constants)
+    last = read_config(directory).train.steps
+    run = open_run(directory / "checkpoints" / str(last))
+    config, params, batch_stats = run.config, run.state.params, run.state.batch_stats
+    constants = run.data_facts().normalization
+    test = source.load(config.data, ("test",))["test"]
+    found = layer_responses(config, params, batch_stats, test, constants)
     write_json(directory / RESPONSES, found)
     if batch_statistics:
         mesh = sharding.data_mesh()
         evaluate = make_evaluate_by_batch_statistics(config.model, constants, mesh)
-        arrays = sharding.replicate(mesh, (params, batch_stats, splits["test"]))
+        arrays = sharding.replicate(mesh, (params, batch_stats, test))
         result = evaluate(*arrays).mean()
         tree = {"test_error": result["error"], "test_loss": result["loss"]}
         write_json(directory / BATCH_STATISTICS, tree)

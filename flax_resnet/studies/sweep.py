@@ -20,12 +20,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from flax_resnet.config import Experiment
-from flax_resnet.errors import ConfigError
 from flax_resnet.json_files import write_json
 from flax_resnet.studies.recipes import Job
 from flax_resnet.training.metrics_log import read_metrics
 from flax_resnet.training.signals import stop_signal
-from flax_resnet.training.workdir import difference, read_config
+from flax_resnet.training.workdir import check_same
 
 Environment = dict[str, str]
 
@@ -66,25 +65,14 @@ def accelerators() -> list[Environment]:
 
 
 def prepare(config: Experiment, workdir: Path) -> None:
-    """Makes `workdir` with the run's config.json; where the data lies may change.
+    """Makes `workdir` with the run's config.json, or brings what is incidental in it up to date.
 
     Raises:
         ConfigError: it holds another run.
     """
-    check_same(config, workdir)
+    check_same(workdir, config, "--out")
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", config.to_dict())
-
-
-def check_same(config: Experiment, directory: Path) -> None:
-    """Raises ConfigError if `directory` holds a run of another config."""
-    if (directory / "config.json").exists():
-        old, new = read_config(directory).to_dict(), config.to_dict()
-        del old["data"]["dir"], new["data"]["dir"]
-        if changes := difference(old, new):
-            raise ConfigError(
-                f"{directory} holds another run ({', '.join(changes)}); choose another --out"
-            )
 
 
 def run(
