@@ -4,11 +4,8 @@ python scripts/train_flax.py --config configs/plain110.py
 """
 
 from flax_resnet.config import Experiment, Shortcut
+from flax_resnet.studies import recipes
 
 
 def get_config() -> Experiment:
-    config = Experiment()
-    config.model.depth = 110
-    config.model.shortcut = Shortcut.PLAIN
-    config.optim.warmup_steps = 400  # as for ResNet-110
-    return config
+    return recipes.paper(110, Shortcut.PLAIN)

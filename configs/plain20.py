@@ -4,9 +4,8 @@ python scripts/train_flax.py --config configs/plain20.py
 """
 
 from flax_resnet.config import Experiment, Shortcut
+from flax_resnet.studies import recipes
 
 
 def get_config() -> Experiment:
-    config = Experiment()
-    config.model.shortcut = Shortcut.PLAIN
-    return config
+    return recipes.paper(20, Shortcut.PLAIN)

@@ -4,10 +4,8 @@ python scripts/train_flax.py --config configs/plain56.py
 """
 
 from flax_resnet.config import Experiment, Shortcut
+from flax_resnet.studies import recipes
 
 
 def get_config() -> Experiment:
-    config = Experiment()
-    config.model.depth = 56
-    config.model.shortcut = Shortcut.PLAIN
-    return config
+    return recipes.paper(56, Shortcut.PLAIN)

@@ -3,12 +3,9 @@
 python scripts/train_flax.py --config configs/resnet1202.py
 """
 
-from flax_resnet.config import Experiment
+from flax_resnet.config import Experiment, Shortcut
+from flax_resnet.studies import recipes
 
 
 def get_config() -> Experiment:
-    config = Experiment()
-    config.model.depth = 1202
-    # At 0.1 it hardly starts to converge, so the paper begins with 400 steps at 0.01.
-    config.optim.warmup_steps = 400
-    return config
+    return recipes.paper(1202, Shortcut.A)

@@ -3,8 +3,9 @@
 python scripts/train_flax.py --config configs/resnet20.py
 """
 
-from flax_resnet.config import Experiment
+from flax_resnet.config import Experiment, Shortcut
+from flax_resnet.studies import recipes
 
 
 def get_config() -> Experiment:
-    return Experiment()
+    return recipes.paper(20, Shortcut.A)

@@ -3,10 +3,9 @@
 python scripts/train_flax.py --config configs/resnet44.py
 """
 
-from flax_resnet.config import Experiment
+from flax_resnet.config import Experiment, Shortcut
+from flax_resnet.studies import recipes
 
 
 def get_config() -> Experiment:
-    config = Experiment()
-    config.model.depth = 44
-    return config
+    return recipes.paper(44, Shortcut.A)

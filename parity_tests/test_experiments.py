@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnet.config import Experiment, ProjectionInit
+from flax_resnet.config import Experiment, ProjectionInit, ResNetConfig, Shortcut
 from flax_resnet.errors import ConfigError
 from flax_resnet.studies.recipes import STUDIES, Job, make_jobs, parse_seeds
 
@@ -17,7 +17,7 @@ def recipe(config: Experiment) -> tuple[object, ...]:
     """What decides the result, but for the seed."""
     settings = config.train
     sizes = settings.steps, settings.batch_size
-    return config.model, config.data, config.optim, sizes, config.parallel
+    return config.model, config.data, config.optim, sizes, config.parallel, config.batch_norm
 
 
 def of_file(name: str) -> Experiment:
@@ -28,6 +28,24 @@ def of_file(name: str) -> Experiment:
 
 def find(jobs: list[Job], name: str) -> Experiment:
     return next(job.config for job in jobs if job.name == name)
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110, 1202])
+@pytest.mark.parametrize(("name", "shortcut"), [("resnet", Shortcut.A), ("plain", Shortcut.PLAIN)])
+def test_the_config_files_are_the_papers_networks_and_schedule(
+    name: str, shortcut: Shortcut, depth: int
+) -> None:
+    if (name, depth) == ("plain", 1202):  # which the paper did not train
+        assert not (CONFIGS / "plain1202.py").exists()
+        return
+    config = of_file(f"{name}{depth}")
+    assert config.model == ResNetConfig(depth=depth, shortcut=shortcut)
+    optim, settings = config.optim, config.train
+    assert (optim.peak_lr, optim.boundaries, optim.decay_factor) == (0.1, (32_000, 48_000), 0.1)
+    assert (optim.warmup_steps, optim.warmup_lr) == (400 if depth >= 110 else 0, 0.01)
+    assert (optim.momentum, optim.weight_decay) == (0.9, 1e-4)
+    assert (settings.steps, settings.batch_size) == (64_000, 128)
+    assert (config.data.pad, config.data.flip, config.data.validation) == (4, True, 0)
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])

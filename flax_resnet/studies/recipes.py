@@ -45,6 +45,7 @@ class Job(NamedTuple):
 def paper(depth: int, shortcut: Shortcut) -> Experiment:
     """The paper's recipe (section 4.2), trained on all images."""
     config = Experiment(model=ResNetConfig.paper(depth, shortcut))
+    # At 0.1 a network of 110 layers hardly starts to converge, so the paper begins at 0.01.
     config.optim.warmup_steps = 400 if depth >= 110 else 0
     return config
 
