@@ -11,7 +11,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Image = Float[Array, "b h w c_in"]
@@ -24,43 +26,113 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def conv_general_dilated(
-    x: Image,
-    kernel: Kernel,
+    x: Array,
+    kernel: Array,
     strides: Sequence[int],
     padding: str | Sequence[Window],
+    *,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
     **options: Any,
-) -> Result:
-    """`jax.lax.conv_general_dilated` as `nnx.Conv` calls it, undilated and ungrouped.
+) -> Array:
+    """`jax.lax.conv_general_dilated` with all of its options, as `nnx.Conv` calls it.
 
-    On the CPU its gradients are reverse-mode only.
+    On the CPU an ordinary convolution of images (see `is_ordinary`) has the gradients below, which
+    are reverse-mode only. Any other convolution has JAX's own.
     """
-    if jax.default_backend() == "cpu":
-        if isinstance(padding, str):
-            padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-        return convolve(x, kernel, tuple(strides), tuple((low, high) for low, high in padding))
-    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    if jax.default_backend() != "cpu" or not is_ordinary(x, kernel, **options):
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            padding,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            **options,
+        )
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    pads = tuple((low, high) for low, high in padding)
+    return convolve(x, kernel, tuple(strides), pads, precision, preferred_element_type)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(x: Image, kernel: Kernel, strides: Window, padding: Padding) -> Result:
+def is_ordinary(
+    x: Array,
+    kernel: Array,
+    *,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    out_sharding: Any = None,
+    **unknown: Any,
+) -> bool:
+    """Whether it is of images (b, h, w, c), undilated and ungrouped, and asks for nothing else."""
+    if unknown or out_sharding is not None or x.ndim != 4:
+        return False
+    given, usual = (
+        lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
+        for numbers in (dimension_numbers, NHWC)
+    )
+    is_dilated = any(size != 1 for size in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    return given == usual and not is_dilated and feature_group_count == batch_group_count == 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def convolve(
+    x: Image,
+    kernel: Kernel,
+    strides: Window,
+    padding: Padding,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Result:
     """Cross-correlation, as in PyTorch."""
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=NHWC,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
 
 
 def _forward(
-    x: Image, kernel: Kernel, strides: Window, padding: Padding
+    x: Image,
+    kernel: Kernel,
+    strides: Window,
+    padding: Padding,
+    precision: lax.PrecisionLike,
+    preferred_element_type: DTypeLike | None,
 ) -> tuple[Result, tuple[Image, Kernel]]:
-    return convolve(x, kernel, strides, padding), (x, kernel)
+    return convolve(x, kernel, strides, padding, precision, preferred_element_type), (x, kernel)
 
 
 def _backward(
-    strides: Window, padding: Padding, residuals: tuple[Image, Kernel], dy: Result
+    strides: Window,
+    padding: Padding,
+    precision: lax.PrecisionLike,
+    preferred_element_type: DTypeLike | None,
+    residuals: tuple[Image, Kernel],
+    dy: Result,
 ) -> tuple[Image, Kernel]:
     x, kernel = residuals
+    if dy.size == 0:  # an empty batch, or a kernel larger than the padded image
+        return jnp.zeros_like(x), jnp.zeros_like(kernel)
     windows = list(
         zip(x.shape[1:3], dy.shape[1:3], kernel.shape[:2], strides, padding, strict=True)
     )
     spread = [(out - 1) * stride + 1 for _, out, _, stride, _ in windows]  # of dy, dilated
+    convolution = partial(
+        lax.conv_general_dilated,
+        window_strides=(1, 1),
+        dimension_numbers=NHWC,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
 
     # dx: dy, dilated by the stride, with the kernel turned by 180 degrees.
     low = [k - 1 - pad[0] for _, _, k, _, pad in windows]
@@ -69,13 +141,11 @@ def _backward(
         for (size, _, k, _, _), s, lo in zip(windows, spread, low, strict=True)
     ]
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    dx = lax.conv_general_dilated(
+    dx = convolution(
         dy,
-        turned,
-        (1, 1),
-        list(zip(low, high, strict=True)),
+        turned.astype(dy.dtype),
+        padding=list(zip(low, high, strict=True)),
         lhs_dilation=strides,
-        dimension_numbers=NHWC,
     )
 
     # dkernel: x with dy as the kernel, summed over the batch, which takes the channels' place.
@@ -83,15 +153,13 @@ def _backward(
         (pad[0], s + k - 1 - size - pad[0])
         for (size, _, k, _, pad), s in zip(windows, spread, strict=True)
     ]
-    dkernel = lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
+    dkernel = convolution(
+        x.transpose(3, 1, 2, 0).astype(dy.dtype),
         dy.transpose(1, 2, 0, 3),
-        (1, 1),
-        pads,
+        padding=pads,
         rhs_dilation=strides,
-        dimension_numbers=NHWC,
     )
-    return dx, dkernel.transpose(1, 2, 0, 3)
+    return dx.astype(x.dtype), dkernel.transpose(1, 2, 0, 3).astype(kernel.dtype)
 
 
 convolve.defvjp(_forward, _backward)
