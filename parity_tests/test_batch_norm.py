@@ -7,6 +7,8 @@ biased variance differs by 4e-3, a swapped momentum by a factor of 9.
 
 A variance in one pass, E[x^2] - E[x]^2, is as good on such data. On data whose mean is 1e4 times
 its deviation it loses 7 digits: it is 2e-9 off where ours is 4e-16 off (tolerance 1e-13).
+
+One value has no unbiased variance: where PyTorch refuses to train, so does ours.
 """
 
 from collections.abc import Callable
@@ -145,3 +147,84 @@ def test_gradients_through_the_ending_are_jaxs_own_at_zero_too(training: bool) -
     np.testing.assert_array_equal(y, z)
     for a, b in zip(ours(dy), theirs(dy), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-14)
+
+
+def noise(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape)
+
+
+def after_one_batch(x: np.ndarray, replicas: int = 1, devices: int = 0) -> BatchNorm:
+    """A BatchNorm in float64 that has seen x in training mode.
+
+    Args:
+        devices: of a `pmap`, that share the batch and their statistics; 0: no `pmap`.
+    """
+    channels = x.shape[-1]
+    batch_norm = BatchNorm(channels, dtype=jnp.float64, param_dtype=jnp.float64)
+    batch_norm.replicas = replicas
+    if not devices:
+        batch_norm(jnp.asarray(x))
+        return batch_norm
+    batch_norm.axis_name = "data"
+    graphdef, state = nnx.split(batch_norm)
+
+    def run(state: nnx.State, x: jax.Array) -> nnx.State:
+        copy = nnx.merge(graphdef, state, copy=True)
+        copy(x)
+        return nnx.state(copy)
+
+    shares = x.reshape(devices, -1, *x.shape[1:])
+    call = jax.pmap(run, "data", in_axes=(None, 0), out_axes=None)
+    return nnx.merge(graphdef, call(state, shares))
+
+
+def pytorchs_after_one_batch(x: np.ndarray) -> torch.nn.BatchNorm2d:
+    batch_norm = torch.nn.BatchNorm2d(x.shape[-1], dtype=torch.float64)
+    batch_norm(to_torch(x))
+    return batch_norm
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [((1, 1, 1, 3), {}), ((4, 1, 1, 3), {"replicas": 4}), ((1, 1, 1, 3), {"devices": 1})],
+    ids=["one image", "one image per replica", "one device"],
+)
+def test_one_value_per_channel_is_an_error(
+    shape: tuple[int, ...], settings: dict[str, int]
+) -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        pytorchs_after_one_batch(noise((1, 1, 1, 3)))
+    with pytest.raises(ValueError, match=r"at least 2 values .* got 1: input \(") as raised:
+        after_one_batch(noise(shape), **settings)
+    assert str(shape) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((2, 1, 1, 3), {}),
+        ((1, 1, 2, 3), {}),
+        ((4, 1, 1, 3), {"replicas": 2}),
+        ((1, 2, 1, 3), {"devices": 1}),
+        ((8, 1, 1, 3), {"devices": 8}),
+    ],
+    ids=["images", "pixels", "images per replica", "pixels on one device", "one image per device"],
+)
+def test_two_values_are_enough(shape: tuple[int, ...], settings: dict[str, int]) -> None:
+    ours = after_one_batch(noise(shape), **settings)
+    shares = np.split(noise(shape), settings.get("replicas", 1))
+    theirs = [pytorchs_after_one_batch(share) for share in shares]
+    assert relative(ours.mean[...], sum(t.running_mean for t in theirs) / len(theirs)) <= 1e-12
+    assert relative(ours.var[...], sum(t.running_var for t in theirs) / len(theirs)) <= 1e-12
+
+
+def test_no_value_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"got 0: input \(0, 2, 2, 3\)"):
+        after_one_batch(noise((0, 2, 2, 3)))
+
+
+def test_one_value_is_enough_in_evaluation_mode() -> None:
+    batch_norm = BatchNorm(3)
+    batch_norm.eval()
+    x = noise((1, 1, 1, 3)).astype(np.float32)
+    np.testing.assert_allclose(batch_norm(jnp.asarray(x)), x / np.sqrt(1 + 1e-5), rtol=1e-6)

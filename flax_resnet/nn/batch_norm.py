@@ -4,6 +4,7 @@
 `param_dtype` says, from a one-pass variance that can go negative (google/flax#1491).
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from flax_resnet.errors import UserError
 from flax_resnet.nn.cpu import materialized
 
 
@@ -69,6 +71,10 @@ class BatchNorm(nnx.Module):
         Args:
             add: a block's shortcut (paper, figure 2).
             relu: rectify; the gradient at 0 is 0, as PyTorch's and `jax.nn.relu`'s are.
+
+        Raises:
+            UserError: in training mode, fewer than two values make up a statistic: their unbiased
+                variance does not exist.
         """
         shape = x.shape
         x = x.astype(self.scale.dtype)
@@ -76,6 +82,7 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             factor = lax.rsqrt(self.var[...] + self.epsilon) * self.scale[...]
             return finish(ending)(x, self.mean[...], factor, self.bias[...], add)
+        n = self._values_per_statistic(shape)
         parts = (self.replicas, -1, *shape[1:])
         normalized: Any = normalize(
             x.reshape(parts),
@@ -86,11 +93,19 @@ class BatchNorm(nnx.Module):
             self.axis_name,
             ending,
         )
-        n = x.size // x.shape[-1] // self.replicas
-        n *= 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         self._track(self.mean, normalized.mean)
         self._track(self.var, normalized.var * (n / (n - 1)))
         return normalized.y.reshape(shape)
+
+    def _values_per_statistic(self, shape: tuple[int, ...]) -> int:
+        devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        n = math.prod(shape[:-1]) * devices // self.replicas
+        if n < 2:
+            raise UserError(
+                "BatchNorm must have at least 2 values per channel and replica when it trains, got "
+                f"{n}: input {shape}, {self.replicas} replica(s); take more or larger images"
+            )
+        return n
 
     def _track(self, running: nnx.BatchStat, new: Float[Array, "r 1 1 1 c"]) -> None:
         new = new.mean((0, 1, 2, 3))
