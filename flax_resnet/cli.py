@@ -3,8 +3,9 @@
 import dataclasses
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,85 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from flax_resnet import help
 from flax_resnet.config import DType, Experiment
 from flax_resnet.errors import ConfigError, UserError
 from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.parallel import processes
+from flax_resnet.shipped import COMMANDS, CONFIGS
 
 USER_ERROR = 2  # exit code
+HELP = ("--help", "-help", "-h")
+started_by_command = False  # whether `flax-resnet` runs the script, which then sets this
+
+flags.disclaim_key_flags()  # --config belongs to the script that asks for it here
 
 
-def define_config(**kwargs: Any) -> flags.FlagHolder:
-    """`--config FILE.py`, whose `get_config` gives an Experiment, and `--config.a.b=value`."""
-    return config_flags.DEFINE_config_file(
-        "config", help_string="experiment: a file of configs/", lock_config=False, **kwargs
+def define_config(default: str) -> flags.FlagHolder:
+    """`--config NAME`, or `--config FILE.py` with a `get_config`, and `--config.a.b=value`."""
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        str(find_config(default)),
+        f"the experiment: a file, or one of {', '.join(config_names())}",
+        lock_config=False,
     )
+    flags.FLAGS["config"].default_as_str = default
+    return holder
 
 
-def define_overrides() -> flags.FlagHolder:
-    """`--config.a.b=value` alone, for `override` to write into a config from elsewhere."""
-    return config_flags.DEFINE_config_dataclass("config", Experiment())
+def define_overrides(of: str) -> flags.FlagHolder:
+    """`--config.a.b=value` alone, for `override` to write into a config from elsewhere.
+
+    Args:
+        of: whose settings they override, in a sentence for `--help`.
+    """
+    return config_flags.DEFINE_config_dataclass("config", Experiment(), of)
+
+
+def takes_config_file() -> bool:
+    """Whether the script has called `define_config`."""
+    return "config" in flags.FLAGS and flags.FLAGS["config"].flag_type() == "config object"
+
+
+def config_names() -> dict[str, Path]:
+    """The configs that come with the library."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.py"))}
+
+
+def find_config(name: str) -> Path:
+    """A config's file: `name` itself, or the one of that name which comes with the library.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    names = config_names()
+    if name not in names:
+        known = ", ".join(names)
+        raise ConfigError(f"--config must be a file or one of {known}; there is no file {name!r}")
+    return names[name]
+
+
+def config_arguments(argv: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Where the values of --config are: index in `argv`, what stands before it there, value."""
+    for i, argument in enumerate(argv[1:], 1):
+        option, given, value = argument.partition("=")
+        if argument == "--":
+            return
+        if option in ("--config", "-config"):
+            if given:
+                yield i, f"{option}=", value
+            elif i + 1 < len(argv):
+                yield i + 1, "", argv[i + 1]
+
+
+def with_config_found(argv: list[str]) -> list[str]:
+    """The command line, with the file in the place of a config's name."""
+    found = list(argv)
+    for i, before, value in config_arguments(argv):
+        found[i] = f"{before}{find_config(value)}"
+    return found
 
 
 def overrides() -> dict[str, Any]:
@@ -118,17 +180,49 @@ def call(main: Callable[..., None], argv: list[str], names: tuple[str, ...]) -> 
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with errors that name the setting and what it may be."""
+    """absl's parser, with `--help` of our own, and errors that name the setting and its rule."""
 
     def parse() -> list[str]:
-        for argument in argv[1:]:
-            check_setting(argument)
+        found = with_config_found(argv) if takes_config_file() else argv
         try:
-            return flags.FLAGS(argv)
+            if any(argument in HELP for argument in argv[1:]):
+                print(help_page(found))
+                sys.exit()
+            for argument in argv[1:]:
+                check_setting(argument)
+            return flags.FLAGS(found)
         except (flags.Error, TypeError, KeyError) as e:
             raise ConfigError(str(e).strip().splitlines()[-1]) from e
 
     return guarded(parse)
+
+
+def help_page(argv: list[str]) -> str:
+    """The help of the script that runs. Its settings' defaults are those of --config."""
+    own = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
+    own = {name: flag for name, flag in own.items() if name.partition(".")[0] != "config"}
+    source, config = "", None
+    if takes_config_file():
+        flag = own["config"] = flags.FLAGS["config"]
+        given = [value for _, _, value in config_arguments(argv)]
+        config = flag.parser.parse(given[-1]) if given else flag.value
+        source = f"The defaults are those of {given[-1] if given else flag.default_as_str}."
+    elif "config" in flags.FLAGS:
+        source, config = flags.FLAGS["config"].help, Experiment()
+    return as_typed(help.page(sys.modules["__main__"].__doc__ or "", own.values(), source, config))
+
+
+def as_typed(text: str) -> str:
+    """A text about scripts in the words of the command that the user typed."""
+    if not started_by_command:
+        return text
+    names = {script: name for name, script in COMMANDS.items()}
+
+    def command(found: re.Match[str]) -> str:
+        return f"flax-resnet {names[found[1]]}" if found[1] in names else found[0]
+
+    text = re.sub(r"python scripts/(\w+)\.py", command, text)
+    return re.sub(r"\bconfigs/(\w+)\.py", r"\1", text)
 
 
 def check_setting(argument: str) -> None:

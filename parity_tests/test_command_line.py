@@ -57,6 +57,39 @@ def test_a_setting_that_exists(argument: str) -> None:
     cli.check_setting(argument)
 
 
+def test_a_config_by_name_is_the_file_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.find_config("resnet20") == ROOT / "configs/resnet20.py"
+    (tmp_path / "resnet20").write_text("a file goes before a name")
+    assert cli.find_config("resnet20") == Path("resnet20")
+
+
+@pytest.mark.parametrize("name", ["resnet21", "configs/resnet21.py"])
+def test_a_config_that_there_is_not(name: str) -> None:
+    known = ", ".join(sorted(path.stem for path in ROOT.glob("configs/*.py")))
+    with pytest.raises(ConfigError) as error:
+        cli.find_config(name)
+    assert (
+        str(error.value) == f"--config must be a file or one of {known}; there is no file {name!r}"
+    )
+
+
+def test_names_are_looked_up_where_configs_are_named_and_nowhere_else() -> None:
+    found = str(ROOT / "configs/resnet20.py")
+    rest = ["--config.model.depth=56", "--workdir=resnet20", "resnet20", "--", "--config=nothing"]
+    for given, expected in [
+        (["--config", "resnet20"], ["--config", found]),
+        (["--config=resnet20"], [f"--config={found}"]),
+        (["-config=resnet20"], [f"-config={found}"]),
+        (["--config", found], ["--config", found]),
+        ([], []),
+    ]:
+        assert cli.with_config_found(["script", *given, *rest]) == ["script", *expected, *rest]
+    assert cli.with_config_found(["script", "--config"]) == ["script", "--config"]  # absl complains
+
+
 def test_a_batch_that_does_not_divide_over_the_devices() -> None:
     mesh = jax.sharding.AbstractMesh((3,), ("data",))
     rule = r"train.batch_size must be divisible by the number of devices \(3\), got 128"

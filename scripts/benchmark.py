@@ -48,7 +48,7 @@ XLA_FLAGS = flags.DEFINE_multi_string(
 )
 JSON = flags.DEFINE_string("json", None, "file for the rows")
 PNG = flags.DEFINE_string("png", None, "file for the picture")
-cli.define_overrides()
+cli.define_overrides("They are the same for all variants.")
 
 NUM_EXAMPLES = 2000
 Row = dict[str, Any]

@@ -40,7 +40,7 @@ BATCH_STATISTICS = flags.DEFINE_bool(
     "batch_statistics", False, "evaluate as tanjeffreyz did: BatchNorm uses the test batch's"
 )
 flags.mark_flag_as_required("checkpoint")
-cli.define_overrides()
+cli.define_overrides("The run's own hold where none is given; the defaults of a new run are:")
 
 
 class Subject(NamedTuple):

@@ -49,7 +49,7 @@ SHORTCUT = flags.DEFINE_enum_class("shortcut", None, Shortcut, "where no key of 
 CHANNEL_PAD = flags.DEFINE_enum_class("channel_pad", None, ChannelPad, "likewise, for option A")
 OUT = flags.DEFINE_string("out", "parity_report", "folder of the picture and the page")
 IMAGES = flags.DEFINE_integer("images", 8, "random images in the batch", lower_bound=2)
-cli.define_overrides()
+cli.define_overrides("They hold where no --checkpoint is given.")
 
 
 class Weights(NamedTuple):

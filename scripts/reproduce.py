@@ -30,7 +30,9 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "of tensorflow-datasets")
 OUT = flags.DEFINE_string("out", None, "default: results/EXPERIMENT, or results/EXPERIMENT-STEPS")
 NETWORKS = flags.DEFINE_list("networks", None, "such as A-20,plain-20; default: the experiment's")
 WORKER = flags.DEFINE_string("worker", None, "for reproduce.py itself: the run to train")
-cli.define_overrides()
+cli.define_overrides(
+    "They hold for all runs, over what the experiment sets; the defaults are the paper's."
+)
 
 OWN = {  # settings that have flags here
     "seed": "--seeds",
@@ -100,7 +102,7 @@ def report(name: str, out: Path) -> None:
     """The table and the figures of all runs that are in `out` by now."""
     if not list(out.glob("*/summary.json")):
         return
-    command = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
+    command = cli.as_typed(shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]]))
     write_json(out / tables.SWEEP, {"experiment": name, "command": command})
     drawn = figures.draw_all(tables.group_runs(tables.find_runs([out])), out)
     tables.write_readme(out, drawn)

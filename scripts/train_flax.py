@@ -16,7 +16,7 @@ from flax_resnet import cli
 from flax_resnet.parallel import processes
 from flax_resnet.training.loop import fit
 
-CONFIG = cli.define_config(default="configs/quickstart.py")
+CONFIG = cli.define_config(default="quickstart")
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: runs/<config's name>")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where all meet")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes train together")

@@ -1,0 +1,26 @@
+"""Where the files are that come with the library: scripts/, configs/ and results/weights/.
+
+In a checkout they lie beside the library. A wheel carries copies of them inside the package, in a
+folder that `setup.py` makes.
+"""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+IN_WHEEL = (_PACKAGE / "checkout").is_dir()
+ROOT = _PACKAGE / "checkout" if IN_WHEEL else _PACKAGE.parent
+SCRIPTS = ROOT / "scripts"
+CONFIGS = ROOT / "configs"
+WEIGHTS = ROOT / "results" / "weights"
+
+# The commands of `flax-resnet`, and the script that each one runs.
+COMMANDS = {
+    "train": "train_flax",
+    "evaluate": "evaluate",
+    "convert": "convert",
+    "export": "export",
+    "plot": "plot",
+    "reproduce": "reproduce",
+    "benchmark": "benchmark",
+    "parity-report": "parity_report",
+}

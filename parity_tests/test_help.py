@@ -1,0 +1,149 @@
+"""Claim: `--help` tells every setting with its default, its allowed values and its meaning."""
+
+import ast
+import dataclasses
+import enum
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from flax_resnet import help
+from flax_resnet.config import Experiment, ResNetConfig, Shortcut
+
+ROOT = Path(__file__).parent.parent
+WITH_SETTINGS = ["benchmark.py", "evaluate.py", "parity_report.py", "reproduce.py", "train_flax.py"]
+HELP = {"train_flax.py": ["--config", "resnet110", "--help"]}  # elsewhere: --help
+LINE = re.compile(r"^  --config\.(\S+?)=(\S+) \(default: (.*)\)$", re.MULTILINE)
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting that is no group, by path."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        path = prefix + field.name
+        found |= leaves(value, f"{path}.") if dataclasses.is_dataclass(value) else {path: value}
+    return found
+
+
+def parsed(path: str, value: str) -> Any:
+    """What the command line makes of `--config.path=value`."""
+    argv = ["program", f"--config.{path}={value}"]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_dataclass(
+        "config", Experiment(), flag_values=values, sys_argv=argv
+    )
+    values(argv)
+    return leaves(holder.value)[path]
+
+
+def test_every_setting_is_listed_once_with_its_default() -> None:
+    config = Experiment(ResNetConfig(56, Shortcut.B), seed=7)
+    shown = LINE.findall(help.about_settings(config))
+    assert sorted(path for path, _, _ in shown) == sorted(leaves(config))
+    for path, _, default in shown:
+        value = leaves(config)[path]
+        assert (default == "none") if value is None else (parsed(path, default) == value)
+
+
+def test_every_allowed_value_of_a_choice_is_listed_and_accepted() -> None:
+    for path, allowed, _ in LINE.findall(help.about_settings(Experiment())):
+        default = leaves(Experiment())[path]
+        if isinstance(default, enum.Enum | bool):
+            choices = list(type(default)) if isinstance(default, enum.Enum) else [True, False]
+            assert [parsed(path, word) for word in allowed.split("|")] == choices
+
+
+def test_every_number_has_its_rule_in_the_words_of_its_error() -> None:
+    rules = {
+        setting.path: setting.meaning[-1]
+        for name, group in help.groups(Experiment()).items()
+        for setting in help.settings(Experiment(), name, group)
+        if setting.allowed in help.WORDS.values() and setting.allowed != "TEXT"
+    }
+    assert all(rule.startswith("must ") for rule in rules.values()), rules
+    assert rules["model.depth"] == "must be 6n+2 (8, 20, 32, 44, 56, 110, 1202, ...)"
+    assert rules["optim.momentum"] == "must be in [0, 1)"
+    assert rules["optim.boundaries"] == "must rise, all after optim.warmup_steps (0)"
+
+
+def test_meanings_are_the_comments_of_the_source() -> None:
+    class Level(enum.Enum):
+        """How much."""
+
+        LOW = "low"  # a little
+        # A lot, which
+        # takes two lines.
+        HIGH = "high"
+        NONE = "none"
+
+    assert help.comments(Level) == {"LOW": "a little", "HIGH": "A lot, which takes two lines."}
+    page = help.about_settings(Experiment())
+    assert "zeros around a training image before the random crop; 0: no crop" in page
+    assert "      B: identity; a 1x1 projection where the shape changes\n" in page
+
+
+def test_without_a_source_there_is_a_help_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(cls: type) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", missing)
+    help.comments.cache_clear()
+    shown = LINE.findall(help.about_settings(Experiment()))
+    help.comments.cache_clear()
+    assert len(shown) == len(leaves(Experiment()))
+
+
+def test_the_scripts_that_take_settings() -> None:
+    names = sorted(
+        path.name
+        for path in ROOT.glob("scripts/*.py")
+        if re.search(r"cli\.define_(config|overrides)\(", path.read_text())
+    )
+    assert names == WITH_SETTINGS
+
+
+def help_of(*names: str) -> dict[str, str]:
+    """What the scripts print, all started at once, since each costs seconds of importing."""
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, f"scripts/{name}", *HELP.get(name, ["--help"])],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    }
+    pages = {name: process.communicate()[0] for name, process in running.items()}
+    assert {name: process.returncode for name, process in running.items()} == dict.fromkeys(
+        names, 0
+    )
+    for name, page in pages.items():
+        doc = ast.get_docstring(ast.parse((ROOT / "scripts" / name).read_text()))
+        assert page.startswith(f"{doc}\n\nFlags:\n  --")
+        shown = [path for path, _, _ in LINE.findall(page)]
+        assert sorted(shown) == (sorted(leaves(Experiment())) if name in WITH_SETTINGS else [])
+    return pages
+
+
+def test_help_of_training_has_the_defaults_of_its_config() -> None:
+    page = help_of("train_flax.py")["train_flax.py"]
+    shown = {path: default for path, _, default in LINE.findall(page)}
+    assert shown["model.depth"] == "110"
+    assert shown["optim.warmup_steps"] == "400"
+    assert "  --workdir: where the run lives; default: runs/<config's name>\n" in page
+
+
+@pytest.mark.slow
+def test_help_of_the_other_scripts() -> None:
+    pages = help_of("benchmark.py", "convert.py", "evaluate.py", "parity_report.py", "reproduce.py")
+    assert all(" --help" not in page and "(default: None)" not in page for page in pages.values())
