@@ -1,0 +1,123 @@
+"""Claim: a file and its PyTorch twin have the same classes, attributes, functions and arguments.
+
+In the same order, so that they can be laid side by side; but for what ONE_SIDED names, with the
+reason. Both are read as syntax trees, not imported.
+"""
+
+import ast
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TWINS = {
+    "resnet": ("flax_resnet/resnet.py", "torch_ref/resnet.py"),
+    "optim": ("flax_resnet/optim.py", "torch_ref/optim.py"),
+    "step": ("flax_resnet/step.py", "torch_ref/step.py"),
+    "pixels": ("flax_resnet/data/pixels.py", "torch_ref/pixels.py"),
+}
+FRAMEWORK = {"self", "cls", "rngs"}  # arguments that are the framework's own
+SAME = {"forward": "__call__"}
+HELD = "a PyTorch optimizer holds its parameters, and a schedule its optimizer"
+STATE = "PyTorch's modules hold their arrays; in JAX they are a tree beside a static program"
+LOG = "sums over a log's steps, which ours keeps on the device"
+ONE_SIDED = {  # and why; a class or function stands for all that is in it
+    "resnet": {
+        "ResNet.remat": "the twin never computes a block again",
+        "Identity": "PyTorch has one",
+        "compute_dtype": "in PyTorch bfloat16 is autocast's business",
+        "split": STATE,
+        "abstract": STATE,
+        "kaiming_normal": "fills a layer that is made; ours is an initializer given to the layer",
+        "zero_bias": "Flax's biases begin with zero by themselves",
+    },
+    "optim": {"make_schedule.optimizer": HELD, "make_optimizer.params": HELD},
+    "step": {
+        "Metrics.zeros": LOG,
+        "Metrics.plus": LOG,
+        "Metrics.zero_if": LOG,
+        "Metrics.mean": LOG,
+        "TrainState.step": "PyTorch's schedule counts",
+        "TrainState.params": STATE,
+        "TrainState.batch_stats": STATE,
+        "TrainState.opt_state": STATE,
+        "TrainState.metrics": LOG,
+        "TrainState.model": STATE,
+        "TrainState.optimizer": STATE,
+        "TrainState.schedule": HELD,
+        "Program": STATE,
+        "init.num_devices": "the twin has one device",
+        "train_step.program": STATE,
+        "eval_step.program": STATE,
+        "eval_step.params": STATE,
+        "eval_step.batch_stats": STATE,
+        "eval_step.model": STATE,
+    },
+    "pixels": {
+        "Normalization": "made once, from NumPy's arrays, for both",
+        "make_normalization": "likewise",
+        "normalize.constants": "the fields of a Normalization, which the twin takes one by one",
+        "normalize.scale": "likewise",
+        "normalize.mean": "likewise",
+        "normalize.std": "likewise",
+        "training_batch": "gathers within the compiled step; PyTorch is given the images",
+        "evaluation_batch": "likewise",
+    },
+}
+
+
+def names(path: Path) -> list[str]:
+    """Such as "ResNet", "ResNet.conv1" (an attribute), "ResNet.head", "ResNet.head.x"."""
+    return list(outline(ast.parse(path.read_text()).body, ""))
+
+
+def outline(body: list[ast.stmt], prefix: str) -> Iterator[str]:
+    for node in body:
+        match node:
+            case ast.ClassDef(name=name):
+                yield prefix + name
+                yield from outline(node.body, f"{prefix}{name}.")
+            case ast.FunctionDef(name="__init__"):
+                yield from arguments(node, f"{prefix}__init__.")
+                yield from attributes(node, prefix)
+            case ast.FunctionDef(name=name) if not name.startswith("_") or name == "__call__":
+                yield prefix + SAME.get(name, name)
+                yield from arguments(node, f"{prefix}{SAME.get(name, name)}.")
+            case ast.AnnAssign(target=ast.Name(id=name)) if prefix:  # a NamedTuple's field
+                yield prefix + name
+
+
+def arguments(node: ast.FunctionDef, prefix: str) -> Iterator[str]:
+    given = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+    return (prefix + argument.arg for argument in given if argument.arg not in FRAMEWORK)
+
+
+def attributes(node: ast.FunctionDef, prefix: str) -> Iterator[str]:
+    """What `__init__` makes of `self`, each once."""
+    found = {
+        target.attr: None
+        for statement in ast.walk(node)
+        if isinstance(statement, ast.Assign | ast.AnnAssign)
+        for target in (
+            statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        )
+        if isinstance(target, ast.Attribute)
+        and isinstance(target.value, ast.Name)
+        and target.value.id == "self"
+    }
+    return (prefix + name for name in found if not name.startswith("_"))
+
+
+@pytest.mark.parametrize("twins", TWINS)
+def test_twins_have_the_same_outline(twins: str) -> None:
+    ours, theirs = (names(ROOT / path) for path in TWINS[twins])
+    one_sided = ONE_SIDED[twins]
+    assert without(ours, one_sided) == without(theirs, one_sided)
+    for name in one_sided:
+        assert (name in ours) != (name in theirs), f"{name} is no exception"
+
+
+def without(outline: list[str], exceptions: Collection[str]) -> list[str]:
+    within = tuple(f"{name}." for name in exceptions)
+    return [x for x in outline if x not in exceptions and not x.startswith(within)]
