@@ -18,6 +18,7 @@ from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.json_files import write_json
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet
+from flax_resnet.shipped import WEIGHTS
 from flax_resnet.weights import files
 from flax_resnet.weights.layouts import Layout
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
@@ -25,7 +26,6 @@ from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 FORMAT = "flax-resnet weights, version 1"
 ENVIRONMENT = "FLAX_RESNET_WEIGHTS"
 TOLD = ("depth", "shortcut", "channel_pad", "projection", "stem", "conv_bias", "num_classes")
-CHECKOUT = Path(__file__).parents[2] / "results" / "weights"
 
 
 class Card(NamedTuple):
@@ -44,8 +44,8 @@ def load_pretrained(
     Args:
         name_or_path: a .safetensors file with its card beside it, or the name of one (without the
             ending) in `directory`.
-        directory: default: $FLAX_RESNET_WEIGHTS, else results/weights of the checkout that the
-            library runs from. Nothing is downloaded.
+        directory: default: $FLAX_RESNET_WEIGHTS, else those that come with the library:
+            results/weights of a checkout, also carried by a wheel. Nothing is downloaded.
 
     Raises:
         WeightsError: no weights of that name, which the message lists; no card; or the file is not
@@ -109,7 +109,7 @@ def find(
         if not path.is_file():
             raise WeightsError(f"there is no file {path}")
         return path
-    folder = Path(directory or os.environ.get(ENVIRONMENT) or CHECKOUT)
+    folder = Path(directory or os.environ.get(ENVIRONMENT) or WEIGHTS)
     known = {file.stem: file for file in sorted(folder.glob("*.safetensors"))}
     if str(name_or_path) not in known:
         raise WeightsError(
