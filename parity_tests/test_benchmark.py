@@ -3,6 +3,7 @@
 Tiny sizes: what it says about speed is not tested here.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +12,23 @@ from pathlib import Path
 
 import pytest
 
+from flax_resnet.config import DType, Experiment
+from flax_resnet.nn.cpu import CURES
+from torch_ref.compare import timing_table
+from torch_ref.compare.timing import (
+    Ready,
+    Timing,
+    Variant,
+    flax_variants,
+    make_timing,
+    torch_variants,
+)
+from torch_ref.compare.timing_turns import steps_per_round
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "scripts/benchmark.py")]
-ENV = os.environ | {"PYTHONPATH": str(ROOT)}
+# No display is needed, and no backend of the user's is looked for.
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://no_such_backend"}
 
 
 def test_rows_and_picture(tmp_path: Path) -> None:
@@ -68,3 +83,115 @@ def test_a_wrong_choice_is_one_line(tmp_path: Path) -> None:
         assert run.returncode == 2
         assert message in run.stderr
         assert run.stderr.count("\n") == 1
+
+
+# --- Variants -------------------------------------------------------------------------------------
+
+
+def settings(batch_size: int = 4) -> Experiment:
+    config = Experiment()
+    config.model.depth, config.train.batch_size = 8, batch_size
+    return config
+
+
+def test_the_variants_of_training() -> None:
+    config = settings()
+    variants = flax_variants(config, "train", scans=[2], xla_flags=["--a --b=1"])
+    assert [(v.name, v.config.train.steps_per_call, v.xla_flags) for v in variants] == [
+        ("default", 1, ""),
+        ("--a --b=1", 1, "--a --b=1"),
+        ("2 steps per call", 2, ""),
+        ("2 steps per call --a --b=1", 2, "--a --b=1"),
+    ]
+    assert config == settings()  # each variant has a config of its own
+    variants = flax_variants(config, "train", without_cures=True)[1:]
+    assert [v.left_out for v in variants] == [*((cure,) for cure in CURES), CURES]
+    assert [v.name for v in variants] == [
+        *(f"without {cure}" for cure in CURES),
+        "without any cure",
+    ]
+
+
+def test_an_evaluation_has_no_steps_per_call_and_no_cures() -> None:
+    variants = flax_variants(settings(), "eval", scans=[2], xla_flags=["--a"], without_cures=True)
+    assert [variant.name for variant in variants] == ["default", "--a"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "is_gpu", "names"),
+    [
+        ("train", False, ["eager", "inductor"]),
+        ("eval", True, ["eager", "inductor", "max-autotune"]),
+        ("train", True, ["eager", "inductor", "max-autotune", "cuda graph"]),
+    ],
+)
+def test_pytorchs_variants(phase: str, is_gpu: bool, names: list[str]) -> None:
+    variants = torch_variants(settings(), phase, is_gpu=is_gpu)
+    assert [variant.name for variant in variants] == names
+    assert {(variant.framework, variant.phase) for variant in variants} == {("torch", phase)}
+
+
+# --- Rows -----------------------------------------------------------------------------------------
+
+
+def timing(framework: str, median: float, **changes: object) -> Timing:
+    """A row of ResNet-8 in training, whose rounds took a little less and more than `median` ms."""
+    config = settings()
+    variant = Variant(framework, "some", "train", config)
+    ready = Ready("a device", "1.2", {"compile_seconds": 0.123456}, 1)
+    seconds = [median * factor / 1e3 for factor in (1.5, 1, 0.9)]
+    row = make_timing(variant, ready, seconds, {"peak_host_mib": 9})
+    return dataclasses.replace(row, **changes)
+
+
+def test_a_row_is_the_median_and_the_range() -> None:
+    assert timing("flax", 100).to_dict() == {
+        "framework": "flax",
+        "version": "1.2",
+        "device": "a device",
+        "depth": 8,
+        "batch_size": 4,
+        "dtype": DType.FLOAT32.value,
+        "phase": "train",
+        "variant": "some",
+        "ms_median": pytest.approx(100),
+        "ms_min": pytest.approx(90),
+        "ms_max": pytest.approx(150),
+        "images_per_second": pytest.approx(40),
+        "compile_seconds": 0.123456,
+        "peak_host_mib": 9,
+    }
+
+
+def test_the_table_divides_by_the_best_pytorch_of_the_same_size() -> None:
+    others = [
+        timing("torch", 1, **{name: value})
+        for name, value in {
+            "depth": 14,
+            "batch_size": 2,
+            "dtype": "float64",
+            "phase": "eval",
+        }.items()
+    ]
+    rows = [timing("flax", 30), timing("torch", 20), timing("torch", 40), *others]
+    lines = timing_table.table(rows).splitlines()[2:]
+    assert (
+        lines[0]
+        == "| ResNet-8 | 4 | float32 | train | flax, some | 30.0 (27.0-45.0) | 133 | 1.50 |"
+    )
+    ratios = [line.split(" | ")[-1].rstrip(" |") for line in lines]
+    assert ratios == ["1.50", "1.00", "2.00", "1.00", "1.00", "1.00", "1.00"]
+    assert timing_table.table(rows[:1]).endswith(" | - |")
+
+
+def test_what_else_was_measured_is_one_line() -> None:
+    line = "flax some, ResNet-8 train: compile seconds 0.1235, peak host mib 9"
+    assert timing_table.facts_line(timing("flax", 1)) == line
+    assert timing_table.facts_line(timing("torch", 1, facts={})) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_step", "at_once", "steps"), [(0.1, 1, 20), (0.1, 8, 16), (9, 1, 1), (9, 4, 4)]
+)
+def test_a_round_is_whole_calls(seconds_per_step: float, at_once: int, steps: int) -> None:
+    assert steps_per_round(2, seconds_per_step, at_once) == steps
