@@ -21,7 +21,8 @@ import pytest
 
 import flax_resnet
 from flax_resnet.config import ResNetConfig, Shortcut
-from flax_resnet.errors import WeightsError
+from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.training.converted import check_target, is_workdir_name
 from flax_resnet.weights import files
 from flax_resnet.weights.layouts import Layout
 from flax_resnet.weights.state_dict import from_state_dict
@@ -381,7 +382,7 @@ def test_there_and_back_with_the_script(tmp_path: Path) -> None:
     first, work, last = tmp_path / "first.pt", tmp_path / "work", tmp_path / "last.th"
     torch.save(state, first)
 
-    table = convert(first, work, "--channel_pad=centre", "--preprocess=akamaster")
+    table = convert(first, work, "--channel_pad=centre", "--preprocess=imagenet")
     rows = [line for line in table.splitlines() if "  ->  " in line]
     assert [row.split()[0] for row in rows] == list(state)
     assert "conv1.weight  " in rows[0]
@@ -399,7 +400,7 @@ def test_there_and_back_with_the_script(tmp_path: Path) -> None:
     ours = run("evaluate.py", "--checkpoint", work, *data)
     theirs = run(
         "evaluate.py",
-        *("--checkpoint", first, "--preprocess=akamaster", "--config.model.channel_pad=centre"),
+        *("--checkpoint", first, "--preprocess=imagenet", "--config.model.channel_pad=centre"),
         *data,
     )
     assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
@@ -429,7 +430,32 @@ def test_the_script_overwrites_nothing(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert "is there already; --overwrite replaces it" in refusal(path, path)
     assert path.read_bytes() == content
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "metrics.jsonl").touch()
-    message = refusal(path, tmp_path / "work", "--overwrite")
-    assert "is nothing that convert.py wrote" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "is_workdir"),
+    [("a.pt", False), ("a.safetensors", False), ("a", True), ("a.b/", True), ("a/b.th", False)],
+)
+def test_the_targets_ending_says_what_is_written(name: str, is_workdir: bool) -> None:
+    assert is_workdir_name(name) is is_workdir
+
+
+def test_a_target_with_another_ending_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"DST must end in one of .pt, .pth, .*, got a\.npz"):
+        is_workdir_name("a.npz")
+
+
+def test_only_what_a_conversion_wrote_is_overwritten(tmp_path: Path) -> None:
+    file, work = tmp_path / "a.pt", tmp_path / "work"
+    check_target(file, is_workdir=False, overwrite=False)
+    file.touch()
+    (work / "checkpoints").mkdir(parents=True)
+    (work / "config.json").touch()
+    check_target(file, is_workdir=False, overwrite=True)
+    check_target(work, is_workdir=True, overwrite=True)
+    (work / "metrics.jsonl").touch()  # a run's
+    for target, is_workdir in ((file, True), (work, False), (work, True)):
+        with pytest.raises(ConfigError, match="nothing that convert"):
+            check_target(target, is_workdir=is_workdir, overwrite=True)
+        with pytest.raises(ConfigError, match="--overwrite replaces it"):
+            check_target(target, is_workdir=is_workdir, overwrite=False)

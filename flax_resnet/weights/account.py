@@ -1,0 +1,65 @@
+"""What is told of a conversion: where every key went, what was assumed, what the network is."""
+
+from collections.abc import Iterable
+
+from flax_resnet.config import ChannelPad, Experiment, ResNetConfig, Shortcut
+from flax_resnet.weights.layouts import Layout, StateDict, to_key
+from flax_resnet.weights.state_dict import COUNTER, UNUSED, Imported, flax_leaves
+
+Shape = tuple[int, ...]
+KeyRow = tuple[str, Shape, str, Shape]  # from where, of what shape; to where, of what shape
+
+
+def of_reading(imported: Imported, ignored: list[str]) -> str:
+    """From each key of a PyTorch file to where it went in Flax.
+
+    Args:
+        ignored: what the file holds beside the state dict.
+    """
+    leaves = leaves_of(imported)
+    rows = [(row.key, row.shape, *leaves.get(row.name, (row.name, ()))) for row in imported.rows]
+    unused = [row.key for row in imported.rows if row.name == UNUSED] + ignored
+    return "\n".join(
+        [
+            table(rows),
+            f"unused: {', '.join(unused) or 'nothing'}",
+            *(f"assumed: {choice}" for choice in imported.choices),
+            f"network: {describe(imported.config)}",
+        ]
+    )
+
+
+def of_writing(imported: Imported, state_dict: StateDict, layout: Layout) -> str:
+    """From where it was in Flax to each key of the state dict that is written."""
+    config = imported.config
+    n = config.blocks_per_stage
+    origins = {to_key(name, layout, n): leaf for name, leaf in leaves_of(imported).items()}
+    rows = []
+    for key, array in state_dict.items():
+        other = COUNTER if key.endswith("num_batches_tracked") else UNUSED
+        rows.append((*origins.get(key, (other, ())), key, array.shape))
+    pads_elsewhere = config.shortcut is Shortcut.A and config.channel_pad is not ChannelPad.CENTRE
+    note = "note: akamaster's own code pads at the centre, this network at the end"
+    is_misread = layout is Layout.AKAMASTER and pads_elsewhere
+    return "\n".join([table(rows), note] if is_misread else [table(rows)])
+
+
+def table(rows: Iterable[KeyRow]) -> str:
+    """Columns as wide as they need be, with an arrow in the middle."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        a, b, c, d = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"{a}  {b}  ->  {c}  {d}".rstrip())
+    return "\n".join(lines)
+
+
+def describe(config: ResNetConfig) -> str:
+    """Such as "depth 20, shortcut A, ..."."""
+    items = Experiment(model=config).to_dict()["model"].items()
+    return ", ".join(f"{name} {value}" for name, value in items)
+
+
+def leaves_of(imported: Imported) -> dict[str, tuple[str, Shape]]:
+    return flax_leaves(imported.params) | flax_leaves(imported.batch_stats)
