@@ -9,10 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_resnet.config import ResNetConfig, Shortcut
+from flax_resnet.config import DType, ProjectionInit, ResNetConfig, Shortcut
 from flax_resnet.errors import WeightsError
 from parity_tests.pair import images, make_pair, torch
-from torch_ref.compare.trace import ROUNDING, Trace, Weights, compare, distances, judge
+from torch_ref.compare.trace import (
+    ROUNDING,
+    Trace,
+    Weights,
+    check_one_network,
+    compare,
+    distances,
+    judge,
+)
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("stem", "stages.0.0", "head")
@@ -54,9 +62,21 @@ def test_a_fault_is_found_at_its_block(weights: Path, tmp_path: Path) -> None:
 def test_networks_of_other_shapes_are_refused() -> None:
     pairs = [make_pair(ResNetConfig.paper(depth)) for depth in (8, 14)]
     ours, theirs = (Weights(pair.config, pair.params, pair.batch_stats) for pair in pairs)
-    label = np.zeros(2, np.int64)
-    with pytest.raises(WeightsError, match=r"both must be one network, got .*=8, .*=14, "):
-        compare(ours, theirs, images(2), label)
+    rule = r"both must be one network, got .*blocks=\(1, 1, 1\).* and .*blocks=\(2, 2, 2\)"
+    with pytest.raises(WeightsError, match=rule):
+        compare(ours, theirs, images(2), np.zeros(2, np.int64))
+
+
+def test_how_a_network_began_and_is_computed_is_no_other_network() -> None:
+    ours = ResNetConfig.paper(14, Shortcut.B)
+    theirs = ResNetConfig.paper(
+        14,
+        Shortcut.B,
+        dtype=DType.BFLOAT16,
+        projection_init=ProjectionInit.AVERAGE,
+        scan_blocks=True,
+    )
+    check_one_network(ours, theirs)
 
 
 # --- The verdict ----------------------------------------------------------------------------------

@@ -20,8 +20,7 @@ from absl import flags
 from flax_resnet import cli
 from flax_resnet.config import ChannelPad, Experiment, Shortcut
 from flax_resnet.step import init
-from flax_resnet.training import workdir
-from flax_resnet.training.checkpoint import load_state
+from flax_resnet.training.workdir import open_run
 from flax_resnet.weights import files
 from flax_resnet.weights.state_dict import from_state_dict
 from torch_ref.compare.trace import Weights, compare
@@ -61,11 +60,8 @@ def load(source: str) -> Weights:
     """The network of a run, of `RUN/checkpoints/STEP`, or of a PyTorch file."""
     path = Path(source)
     if path.is_dir():
-        directory, step = workdir.locate(path)
-        config = workdir.read_config(directory)
-        config.model = config.model.block_by_block()
-        state = load_state(directory, init(config)[1], step)
-        return Weights(config.model, state.params, state.batch_stats)
+        run = open_run(path)
+        return Weights(run.config.model, run.state.params, run.state.batch_stats)
     imported = from_state_dict(
         files.read(path).state_dict, shortcut=SHORTCUT.value, channel_pad=CHANNEL_PAD.value
     )

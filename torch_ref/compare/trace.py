@@ -61,8 +61,7 @@ def compare(ours: Weights, theirs: Weights, image: np.ndarray, label: np.ndarray
     Raises:
         WeightsError: they are not of one network.
     """
-    if theirs.config != ours.config:
-        raise WeightsError(f"both must be one network, got {ours.config} and {theirs.config}")
+    check_one_network(ours.config, theirs.config)
     truth = torch_trace(theirs, DType.FLOAT64, image, label)
     ours_by_dtype = {dtype: flax_trace(ours, dtype, image, label) for dtype in DType}
     series = {
@@ -75,6 +74,14 @@ def compare(ours: Weights, theirs: Weights, image: np.ndarray, label: np.ndarray
     own = distances(nudged, truth)
     verdict = judge(series["Flax float64"], own, differing_weights(ours, theirs))
     return Comparison(series, verdict)
+
+
+def check_one_network(ours: ResNetConfig, theirs: ResNetConfig) -> None:
+    """Raises WeightsError unless both have one architecture; how they are computed may differ."""
+    if theirs.architecture != ours.architecture:
+        raise WeightsError(
+            f"both must be one network, got {ours.architecture} and {theirs.architecture}"
+        )
 
 
 def flax_trace(weights: Weights, dtype: DType, image: np.ndarray, label: np.ndarray) -> Trace:
