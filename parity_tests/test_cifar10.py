@@ -3,14 +3,10 @@
 import functools
 import hashlib
 import http.server
-import io
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,15 +16,26 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from faults.small_cifar10 import (
+    ARCHIVE,
+    DAMAGES,
+    NAMES,
+    archive_path,
+    cache_entry,
+    dataset_path,
+    flip,
+    measured,
+    shorten,
+    start_process,
+    train_shard,
+    write_archive,
+)
 from flax_resnet.data import cifar10
 from flax_resnet.data.examples import Examples
 from flax_resnet.errors import DatasetError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL = REPOSITORY / ".." / "shared" / "tfds"
-ARCHIVE = "cifar-10-binary.tar.gz"
-PER_BATCH = 8
-NAMES = [f"class{i}" for i in range(10)]
 
 
 @pytest.fixture(autouse=True)
@@ -62,47 +69,11 @@ def prepared(root: Path, archive: dict[str, Examples]) -> dict[str, Examples]:
 
 
 def put_archive(root: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> dict[str, Examples]:
-    examples = {
-        "train": random_examples(5 * PER_BATCH, seed),
-        "test": random_examples(PER_BATCH, seed + 1),
-    }
-    batches = [(f"data_batch_{i + 1}.bin", "train", i * PER_BATCH) for i in range(5)]
-    files = {"batches.meta.txt": "\n".join([*NAMES, "", ""]).encode()}
-    for name, split, start in [*batches, ("test_batch.bin", "test", 0)]:
-        image, label = (array[start : start + PER_BATCH] for array in examples[split])
-        channels_first = image.transpose(0, 3, 1, 2).reshape(PER_BATCH, -1)
-        files[name] = np.hstack([label[:, None].astype(np.uint8), channels_first]).tobytes()
-    path = archive_path(root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    data = path.read_bytes()
-    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(data))
-    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(data).hexdigest())
+    examples = write_archive(root, seed)
+    size, sha256 = measured(root)
+    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", size)
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", sha256)
     return examples
-
-
-def random_examples(n: int, seed: int) -> Examples:
-    rng = np.random.default_rng(seed)
-    image = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
-    return Examples(image, rng.integers(0, 10, n, np.int32))
-
-
-def archive_path(root: Path) -> Path:
-    return root / "downloads" / "manual" / ARCHIVE
-
-
-def dataset_path(root: Path) -> Path:
-    return root / "cifar10" / "3.0.2"
-
-
-def cache_entry(split: str = "train") -> Path:
-    """The one entry there is of a split."""
-    (entry,) = (Path(os.environ["XDG_CACHE_HOME"]) / "flax-resnet").glob(f"*-{split}.npy")
-    return entry
 
 
 def assert_same(ours: dict[str, Examples], theirs: dict[str, Examples]) -> None:
@@ -111,12 +82,6 @@ def assert_same(ours: dict[str, Examples], theirs: dict[str, Examples]) -> None:
         for a, b in zip(ours[split], theirs[split], strict=True):
             assert a.dtype == b.dtype
             assert np.array_equal(a, b)
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,58 +202,6 @@ def test_endless_download_does_not_fill_the_disk(root, archive, served, monkeypa
 
 # Several processes, and killed ones.
 
-START = """
-import hashlib, os, signal, sys
-from pathlib import Path
-from flax_resnet.data import cifar10
-
-root, size, cifar10.ARCHIVE_SHA256, mode = sys.argv[1:]
-cifar10.ARCHIVE_BYTES = int(size)
-
-def logged(name):
-    function = getattr(cifar10, name)
-    def call(*args):
-        with open(Path(root) / "calls", "a") as log:
-            log.write(name + "\\n")
-        return function(*args)
-    setattr(cifar10, name, call)
-
-def killed(archive, split):
-    for i, example in enumerate(read_split(archive, split)):
-        if i == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield example
-
-logged("_fetch")
-logged("_decode")
-if mode == "killed":
-    read_split, cifar10._read_split = cifar10._read_split, killed
-print("ready", flush=True)
-sys.stdin.readline()
-examples = cifar10.load(root)
-print(hashlib.sha256(b"".join(a.tobytes() for e in examples.values() for a in e)).hexdigest())
-"""
-
-
-def start_process(root: Path, mode: str = "") -> subprocess.Popen[str]:
-    """Starts a process that waits for a line on stdin, then loads and prints a digest."""
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            START,
-            root,
-            str(cifar10.ARCHIVE_BYTES),
-            cifar10.ARCHIVE_SHA256,
-            mode,
-        ],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
 
 def test_processes_that_start_at_once_prepare_and_decode_once(root, archive):
     processes = [start_process(root) for _ in range(4)]
@@ -323,29 +236,9 @@ def test_killed_preparation_leaves_nothing_that_is_read(root, archive):
 # A prepared dataset that is damaged: its decoded copy must not hide that.
 
 
-def shorten(shard: Path) -> None:
-    shard.write_bytes(shard.read_bytes()[:-1])
-
-
-def flip_middle(shard: Path) -> None:
-    flip(shard, shard.read_bytes().index(b"IDAT"))
-
-
-def lose_record(shard: Path) -> None:
-    """The shard is left with a record more than the dataset's description says."""
-    path = shard.with_name("dataset_info.json")
-    info = json.loads(path.read_text())
-    (split,) = (split for split in info["splits"] if split["name"] == "train")
-    split["shardLengths"] = [str(5 * PER_BATCH - 1)]
-    path.write_text(json.dumps(info))
-
-
-DAMAGES = [Path.unlink, shorten, flip_middle, lose_record]
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_dataset_is_prepared_again_from_the_archive(root, prepared, damage, caplog):
-    shard = dataset_path(root) / "cifar10-train.array_record-00000-of-00001"
+    shard = train_shard(root)
     damage(shard)
     left = {path.name: path.read_bytes() for path in dataset_path(root).iterdir()}
     assert_same(cifar10.load(str(root)), prepared)
@@ -358,7 +251,7 @@ def test_damaged_dataset_is_prepared_again_from_the_archive(root, prepared, dama
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_shard_is_named_where_there_is_no_archive(root, prepared, damage):
     archive_path(root).unlink()
-    shard = dataset_path(root) / "cifar10-train.array_record-00000-of-00001"
+    shard = train_shard(root)
     damage(shard)
     with pytest.raises(DatasetError) as refusal:
         cifar10.load(str(root))

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.survival import HOSTILE, TABLE, Unavailable
+from faults.fault import Unavailable
+from faults.hostile import FILES
+from faults.table import TABLE
 
 # Of the others test_resume, test_checkpoint, test_command_line and test_processes have their share.
 RUNS = {
@@ -14,7 +16,7 @@ RUNS = {
     "truncate": 5,
     "not_finite": 1,
     "dataset": 10,
-    "hostile": len(HOSTILE),
+    "hostile": len(FILES),
 }
 
 
@@ -27,7 +29,7 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 def test_row(name: str, at: Path) -> None:
     try:
-        results = list(TABLE[name].function(RUNS[name], at))
+        results = list(TABLE[name].inflict(RUNS[name], at))
     except Unavailable as e:
         pytest.skip(str(e))
     assert len(results) == RUNS[name]

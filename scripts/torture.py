@@ -2,7 +2,7 @@
 
 Prints the table row by row, and exits with 0 only if every row holds. Without `--runs` each row is
 done as often as its full run says, 41 minutes in all on one busy core; with it, N times
-(`devices` and `long_run` once). The rows are those of parity_tests/survival.py.
+(`devices` and `long_run` once). The rows are those of faults/table.py.
 """
 
 import datetime
@@ -17,11 +17,10 @@ from pathlib import Path
 import jax
 from absl import flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tests are no package
-
+from faults.fault import Fault, Result, Unavailable
+from faults.table import TABLE
 from flax_resnet import cli
 from flax_resnet.errors import ConfigError, TrainingError
-from parity_tests.survival import TABLE, Result, Row, Unavailable
 
 RUNS = flags.DEFINE_integer("runs", None, "how many times each fault is done", lower_bound=1)
 ROWS = flags.DEFINE_list("rows", list(TABLE), f"which of {', '.join(TABLE)}")
@@ -54,14 +53,14 @@ def main() -> None:
         raise TrainingError("a row does not hold")
 
 
-def torment(name: str, row: Row, at: Path) -> tuple[str, bool]:
-    """Does a row; its line of the table, and whether it held every time."""
+def torment(name: str, fault: Fault, at: Path) -> tuple[str, bool]:
+    """Does a fault; returns its line of the table, and whether it held every time."""
     start = time.monotonic()
-    runs = row.full if RUNS.value is None or row.full == 1 else RUNS.value
+    runs = fault.full if RUNS.value is None or fault.full == 1 else RUNS.value
     results: list[Result] = []
     worst = ""
     try:
-        for result in row.function(runs, at / name if name == "dataset" else at):
+        for result in fault.inflict(runs, at):
             results.append(result)
             if not result.held or VERBOSE.value:
                 print(f"{name} {len(results)}: {result}", file=sys.stderr, flush=True)
@@ -69,10 +68,10 @@ def torment(name: str, row: Row, at: Path) -> tuple[str, bool]:
         worst = f"not done: {e}"
     figures = [result.figure for result in results if result.figure is not None]
     if figures:
-        worst = f"{row.shown(figures):.3g} {row.unit}"
+        worst = f"{fault.shown(figures):.3g} {fault.unit}"
     minutes = (time.monotonic() - start) / 60
     held = sum(result.held for result in results)
-    cells = [row.fault, row.promise, str(runs), str(held), worst, f"{minutes:.1f}"]
+    cells = [fault.description, fault.promise, str(runs), str(held), worst, f"{minutes:.1f}"]
     return f"| {' | '.join(cells)} |", held == runs
 
 

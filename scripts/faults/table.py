@@ -1,0 +1,91 @@
+"""All faults, by the name that `torture.py --rows` takes."""
+
+from faults.damage import compilation_cache, flip, truncate
+from faults.dataset import dataset
+from faults.disk import full_disk
+from faults.fault import Fault
+from faults.hostile import FILES, hostile
+from faults.kills import kill, stop, two_runs
+from faults.long_run import long_run
+from faults.numerics import devices, not_finite
+
+TABLE = {
+    "kill": Fault(
+        "SIGKILL at a random moment, a third inside a save",
+        "resumes from the newest checkpoint; all numbers equal the uninterrupted run's, to the bit",
+        kill,
+        100,
+    ),
+    "stop": Fault(
+        "SIGTERM, SIGINT",
+        "saves, exits with 128 + signal within 10 s, no step lost",
+        stop,
+        20,
+        "s to stop",
+    ),
+    "full_disk": Fault(
+        "disk full at varying offsets",
+        "one-line error, exit code 2; the previous checkpoint loads and the run goes on",
+        full_disk,
+        20,
+    ),
+    "flip": Fault(
+        "flipped bit in a checkpoint",
+        "detected, falls back and says so, unless no number changed",
+        flip,
+        1000,
+        "changed no number",
+        sum,
+    ),
+    "truncate": Fault(
+        "truncated checkpoint file",
+        "detected, falls back and says so, unless no number changed",
+        truncate,
+        100,
+        "changed no number",
+        sum,
+    ),
+    "not_finite": Fault(
+        "loss not finite",
+        "stops within one log interval (4 steps), names the step; the last checkpoint is finite",
+        not_finite,
+        10,
+        "steps late",
+    ),
+    "devices": Fault(
+        "resumed on 1, 2, 4, 8, 1 devices",
+        "same examples; equal within float64 rounding (1e-12)",
+        devices,
+        1,
+        "relative difference",
+    ),
+    "two_runs": Fault(
+        "two runs in one work directory",
+        "the second is refused; a killed run's lock is no obstacle",
+        two_runs,
+        10,
+    ),
+    "dataset": Fault(
+        "damaged dataset or cache; four first runs at once",
+        "prepared again, once, never trained on",
+        dataset,
+        20,
+    ),
+    "hostile": Fault(
+        "hostile checkpoint or weights",
+        "refused in one line, nothing executed, memory bounded",
+        hostile,
+        len(FILES),
+        "MB of memory",
+    ),
+    "compilation_cache": Fault(
+        "damaged compilation cache", "the same numbers", compilation_cache, 10
+    ),
+    "long_run": Fault(
+        "2,000 steps",
+        "memory flat within 1 % in the second half, nothing compiled after the first quarter",
+        long_run,
+        1,
+        "% more memory",
+    ),
+}
