@@ -8,29 +8,41 @@ from faults.fault import Unavailable
 from faults.hostile import FILES
 from faults.table import TABLE
 
-# Of the others test_resume, test_checkpoint, test_command_line and test_processes have their share.
-RUNS = {
-    "kill": 1,  # inside a save
-    "full_disk": 1,
+QUICK = {"full_disk": 1, "hostile": len(FILES), "not_finite": 1}
+# What these do is proven in the quick set as well: test_resume kills, stops and damages no less,
+# test_checkpoint flips and truncates, test_cifar10 damages the dataset, test_command_line has two
+# runs in one directory, test_processes another number of devices.
+SLOW = {
+    "kill": 3,  # inside a save, after a step, at any time
+    "stop": 2,  # SIGTERM, SIGINT
     "flip": 15,
     "truncate": 5,
-    "not_finite": 1,
+    "devices": 1,
+    "two_runs": 2,
     "dataset": 10,
-    "hostile": len(FILES),
+    "compilation_cache": 3,
+    "long_run": 1,
 }
 
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all rows work, so that they share the run that is not interrupted."""
-    return tmp_path_factory.mktemp("survival")
+    """Where all runs are, those of test_resume too: the tests share the ones that nobody harms."""
+    return tmp_path_factory.getbasetemp() / "faults"
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_row(name: str, at: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [*QUICK.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW.items())],
+)
+def test_promise_is_kept(name: str, times: int, at: Path) -> None:
     try:
-        results = list(TABLE[name].inflict(RUNS[name], at))
+        results = list(TABLE[name].inflict(times, at))
     except Unavailable as e:
         pytest.skip(str(e))
-    assert len(results) == RUNS[name]
+    assert len(results) == times
     assert [result for result in results if not result.held] == []
+
+
+def test_no_fault_is_left_out() -> None:
+    assert sorted(QUICK | SLOW) == sorted(TABLE)
