@@ -217,9 +217,18 @@ def write_readme(directory: Path, figures: Sequence[str] = ()) -> None:
 
 
 def write_index(root: Path) -> None:
-    """root/README.md: the table of every experiment below `root`."""
+    """root/README.md: the table of every experiment below `root`.
+
+    Raises:
+        ResultsError: there is none, and nothing is written.
+    """
+    experiments = sorted({path.parent.parent for path in root.glob("*/*/summary.json")})
+    if not experiments:
+        raise ResultsError(
+            f"{root} has no experiments: give a folder of folders of finished runs, such as results"
+        )
     lines = ["# Results", "", "Written by `scripts/reproduce.py` and `scripts/plot.py`.", ""]
-    for directory in sorted({path.parent.parent for path in root.glob("*/*/summary.json")}):
+    for directory in experiments:
         lines += [f"## {heading(directory)}", "", *made_by(directory)]
         lines += [*table(group_runs(find_runs([directory])), root), ""]
         if (directory / "README.md").exists():
