@@ -5,7 +5,6 @@ Checkpoints are not at every logged step, so that a lap of the log is resumed to
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from faults.run import (
     STEPS,
     Run,
     begun,
+    environment,
     finish,
     is_saving,
     last_row,
@@ -92,10 +92,9 @@ def test_another_config_is_refused_and_the_difference_shown(whole: Path, at: Pat
     assert "seed: 0 there, 3 here" in run.lines[0]
 
 
-def test_the_checkpoint_evaluates_to_the_runs_own_error(whole: Path) -> None:
+def test_the_checkpoint_evaluates_to_the_runs_own_error(whole: Path, at: Path) -> None:
     script = [sys.executable, str(ROOT / "scripts/evaluate.py"), f"--checkpoint={whole}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    run = subprocess.run(script, capture_output=True, text=True, env=environment(at), check=True)
     result = json.loads(run.stdout.splitlines()[-1])
     summary = json.loads((whole / "summary.json").read_text())
     assert result == {
