@@ -15,7 +15,7 @@ PATTERNS = (
     "results/weights/*.safetensors",
     "results/weights/*.json",
 )
-NOT_SHIPPED = ("scripts/torture.py",)  # it needs the tests
+NOT_SHIPPED = ("scripts/torture.py",)  # it needs scripts/faults, which is for the project alone
 
 
 class BuildPy(build_py):
