@@ -8,8 +8,9 @@ import pytest
 
 from flax_resnet.errors import ResultsError
 from flax_resnet.studies import figures, tables
+from flax_resnet.studies.published import PUBLISHED, TANJEFFREYZ, read_published_curves
 from flax_resnet.studies.recipes import STUDIES, make_jobs
-from flax_resnet.studies.tables import Group
+from flax_resnet.studies.runs import Group, find_runs, group_runs
 
 METRICS = Path(__file__).parent.parent.parent / "shared/reference/metrics"
 SEEDS = (0, 1, 2)
@@ -60,7 +61,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def groups(runs: Path) -> list[Group]:
-    return tables.group_runs(tables.find_runs([runs]))
+    return group_runs(find_runs([runs]))
 
 
 def rows(table: list[str]) -> dict[str, list[str]]:
@@ -94,7 +95,7 @@ def test_a_row_says_what_is_less_than_the_papers(tmp_path: Path) -> None:
 
 def test_runs_of_other_steps_are_no_seeds_of_each_other(runs: Path) -> None:
     write_run(runs.parent / "short", "A-20-s0", steps=1500)
-    found = tables.group_runs(tables.find_runs([runs, runs.parent / "short"]))
+    found = group_runs(find_runs([runs, runs.parent / "short"]))
     labels = [group.label for group in found if group.config.model.depth == 20]
     assert labels == ["plain-20", "ResNet-20 A, 64,000 steps", "ResNet-20 A, 1,500 steps"]
 
@@ -152,18 +153,18 @@ def test_all_figures_are_written_and_the_same_runs_give_the_same_files(runs: Pat
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=r"is no finished run: it has no summary.json"):
-        tables.find_runs([tmp_path])
+        find_runs([tmp_path])
     write_run(tmp_path, "A-20-s0")
     (tmp_path / "A-20-s0" / "metrics.jsonl").unlink()
     with pytest.raises(ResultsError, match=r"is damaged: it has no metrics.jsonl"):
-        tables.find_runs([tmp_path])
+        find_runs([tmp_path])
 
 
 @pytest.mark.skipif(not METRICS.is_dir(), reason=f"tanjeffreyz's metrics are not at {METRICS}")
 def test_tanjeffreyzs_numbers_are_its_last_epochs() -> None:
-    curves = tables.read_published_curves(METRICS)
+    curves = read_published_curves(METRICS)
     last = {name: sorted(round(x[1, -1], 2) for x in found) for name, found in curves.items()}
-    published = tables.PUBLISHED[tables.TANJEFFREYZ]
+    published = PUBLISHED[TANJEFFREYZ]
     assert {name: sorted(x) for name, x in published.items()} == last
 
 
@@ -171,7 +172,7 @@ def test_tanjeffreyzs_curves_are_drawn_beside_ours(runs: Path, tmp_path: Path) -
     path = tmp_path / "tanjeffreyz" / "CifarResNet-56-R-A-12_02_54" / "test_errors.npy"
     path.parent.mkdir(parents=True)
     np.save(path, np.array([[0.0, 156.0], [0.6, 0.1]]))
-    published = tables.read_published_curves(path.parent.parent)
+    published = read_published_curves(path.parent.parent)
     left, right = figures.side_by_side(*figures.sides(groups(runs)), published).axes
     ours, theirs = right.lines[3], right.lines[2]
     np.testing.assert_allclose(theirs.get_xdata(), [391, 157 * 391])

@@ -17,6 +17,7 @@ import flax_resnet
 from flax_resnet.config import Experiment, Preprocess, ResNetConfig, Shortcut, Statistics
 from flax_resnet.data import digits, pixels
 from flax_resnet.studies import figures, tables
+from flax_resnet.studies.runs import find_runs, group_runs
 from flax_resnet.training.loop import fit
 from flax_resnet.training.workdir import open_run, read_config
 from flax_resnet.weights import pretrained
@@ -75,7 +76,7 @@ def test_exported_weights_load_and_evaluate_to_their_cards_error(name: str) -> N
 
 
 def test_both_runs_stand_in_the_table_and_in_the_figures(tmp_path: Path) -> None:
-    groups = tables.group_runs(tables.find_runs([GOLDEN]))
+    groups = group_runs(find_runs([GOLDEN]))
     table = "\n".join(tables.table(groups, GOLDEN))
     assert "| ResNet-8 A | 0 |" in table
     assert "| ResNet-8 B (tanjeffreyz) | 0 |" in table

@@ -14,6 +14,8 @@ from absl import flags
 
 from flax_resnet import cli
 from flax_resnet.studies import figures, tables
+from flax_resnet.studies.published import read_published_curves
+from flax_resnet.studies.runs import find_runs, group_runs
 
 OUT = flags.DEFINE_string("out", None, "directory for the figures; made if need be")
 PUBLISHED = flags.DEFINE_string(
@@ -27,11 +29,11 @@ def main(*runs: str) -> None:
         for root in runs:
             tables.write_index(Path(root))
         return
-    groups = tables.group_runs(tables.find_runs(map(Path, runs)))
+    groups = group_runs(find_runs(map(Path, runs)))
     print("\n".join(tables.table(groups, Path.cwd())))
     if OUT.value:
         out = Path(OUT.value)
-        published = tables.read_published_curves(Path(PUBLISHED.value)) if PUBLISHED.value else None
+        published = read_published_curves(Path(PUBLISHED.value)) if PUBLISHED.value else None
         drawn = figures.draw_all(groups, out, published)
         if list(out.glob("*/summary.json")):
             tables.write_readme(out, drawn)

@@ -21,6 +21,7 @@ from flax_resnet.json_files import write_json
 from flax_resnet.studies import figures, recipes, sweep, tables
 from flax_resnet.studies.recipes import Job
 from flax_resnet.studies.responses import record
+from flax_resnet.studies.runs import copy_small_files, find_runs, group_runs
 from flax_resnet.training import workdir
 from flax_resnet.training.loop import fit
 
@@ -83,7 +84,7 @@ def run(name: str, jobs: list[Job], workdirs: Path, out: Path) -> dict[str, str]
         return [sys.executable, __file__, name, f"--worker={directory}"]
 
     def keep(job: Job) -> None:
-        tables.copy_small_files(workdirs / job.name, out / job.name)
+        copy_small_files(workdirs / job.name, out / job.name)
 
     missing = [job for job in jobs if not is_done(job)]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished already", file=sys.stderr)
@@ -104,7 +105,7 @@ def report(name: str, out: Path) -> None:
         return
     command = cli.as_typed(shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]]))
     write_json(out / tables.SWEEP, {"experiment": name, "command": command})
-    drawn = figures.draw_all(tables.group_runs(tables.find_runs([out])), out)
+    drawn = figures.draw_all(group_runs(find_runs([out])), out)
     tables.write_readme(out, drawn)
     if out.resolve().parent.name == "results":
         tables.write_index(out.parent)

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flax_resnet.config import Shortcut
-from flax_resnet.studies.tables import AKAMASTER, PAPER, PUBLISHED, TANJEFFREYZ, Group, spread
+from flax_resnet.studies.published import AKAMASTER, PAPER, PUBLISHED, TANJEFFREYZ
+from flax_resnet.studies.runs import Group
+from flax_resnet.studies.tables import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

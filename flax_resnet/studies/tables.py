@@ -1,205 +1,20 @@
-"""Finished runs, grouped over seeds, and the tables that are written from them.
-
-A run is a directory with summary.json and metrics.jsonl; errors are those of the last step, never
-of the best one.
-"""
+"""The tables that are written from finished runs: Markdown, with the published values beside."""
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from flax_resnet.config import Dataset, Experiment, OptimConfig, Stem, TrainConfig
+from flax_resnet.config import Experiment, OptimConfig, Stem, TrainConfig
 from flax_resnet.errors import ResultsError
+from flax_resnet.studies.published import PUBLISHED
 from flax_resnet.studies.recipes import STUDIES, TANJEFFREYZ_STEPS
-from flax_resnet.studies.responses import BATCH_STATISTICS, RESPONSES
-from flax_resnet.training.metrics_log import Row, read_metrics
+from flax_resnet.studies.runs import Group, Run, data_of, find_runs, group_runs
 
-# The last is the mark of a whole run, so it is copied last.
-SMALL_FILES = ("config.json", "metrics.jsonl", RESPONSES, BATCH_STATISTICS, "summary.json")
-STEPS_PER_EPOCH = 391  # of 128 out of 50,000
 SWEEP = "sweep.json"  # beside the runs: how they were made
-
-PAPER, AKAMASTER, TANJEFFREYZ = "paper", "akamaster", "tanjeffreyz"
-# Test errors in % on CIFAR-10. The paper's: table 6 (ResNet-110: the best of 5, whose mean is
-# 6.61). akamaster's: README of github.com/akamaster/pytorch_resnet_cifar10, one run each. The
-# tanjeffreyz's: its 12 published runs, last epoch, tested with BatchNorm in training mode.
-PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
-    PAPER: {
-        "ResNet-20 A": (8.75,),
-        "ResNet-32 A": (7.51,),
-        "ResNet-44 A": (7.17,),
-        "ResNet-56 A": (6.97,),
-        "ResNet-110 A": (6.43,),
-        "ResNet-1202 A": (7.93,),
-    },
-    AKAMASTER: {
-        "ResNet-20 A": (8.27,),
-        "ResNet-32 A": (7.37,),
-        "ResNet-44 A": (6.90,),
-        "ResNet-56 A": (6.61,),
-        "ResNet-110 A": (6.32,),
-        "ResNet-1202 A": (6.18,),
-    },
-    TANJEFFREYZ: {
-        "plain-20": (12.42,),
-        "plain-32": (12.76,),
-        "plain-44": (15.34,),
-        "plain-56": (15.82,),
-        "ResNet-20 A": (11.16,),
-        "ResNet-32 A": (10.15,),
-        "ResNet-44 A": (9.89,),
-        "ResNet-56 A": (10.91, 9.77),
-        "ResNet-20 B": (10.76,),
-        "ResNet-32 B": (10.73, 10.83),
-    },
-}
-
-
-class Run(NamedTuple):
-    """One finished run."""
-
-    path: Path
-    config: Experiment
-    summary: Mapping[str, Any]
-    rows: list[Row]
-    responses: Mapping[str, Any] | None
-    batch_statistics: Mapping[str, Any] | None
-
-    def curve(self, split: str, name: str = "error") -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a split, each (rows,)."""
-        points = [(row["step"], row[name]) for row in self.rows if row["split"] == split]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        return np.array(steps), np.array(values)
-
-    @property
-    def late_training_error(self) -> float:
-        """Mean over the last tenth of the steps: a line of the log sees but a few batches."""
-        steps, values = self.curve("train")
-        return float(values[steps > 0.9 * self.summary["steps"]].mean())
-
-
-class Group(NamedTuple):
-    """The runs of one network that differ in their seeds alone."""
-
-    label: str  # such as "ResNet-20 A"
-    runs: list[Run]
-
-    @property
-    def config(self) -> Experiment:
-        return self.runs[0].config
-
-    @property
-    def test_errors(self) -> np.ndarray:
-        """In %, at the last step, one for each run."""
-        return np.array([100 * run.summary["test_error"] for run in self.runs])
-
-    def published(self, source: str) -> tuple[float, ...]:
-        """In %; () for a network that has none, or other data than CIFAR-10."""
-        if self.config.data.name is not Dataset.CIFAR10:
-            return ()
-        return PUBLISHED[source].get(self.config.model.label.split(" (")[0], ())
-
-
-# --- Reading --------------------------------------------------------------------------------------
-
-
-def read_run(path: Path) -> Run:
-    """Raises ResultsError if `path` is no finished run."""
-    try:
-        summary = json.loads((path / "summary.json").read_text())
-        config = Experiment.from_dict(summary["config"])
-        responses, batch_statistics = (
-            json.loads((path / name).read_text()) if (path / name).exists() else None
-            for name in (RESPONSES, BATCH_STATISTICS)
-        )
-    except FileNotFoundError as e:
-        raise ResultsError(f"{path} is no finished run: it has no summary.json") from e
-    except (json.JSONDecodeError, KeyError) as e:
-        raise ResultsError(f"{path} is damaged: {type(e).__name__}: {e}") from e
-    rows = list(read_metrics(path / "metrics.jsonl"))
-    if not rows:
-        raise ResultsError(f"{path} is damaged: it has no metrics.jsonl")
-    return Run(path, config, summary, rows, responses, batch_statistics)
-
-
-def find_runs(paths: Iterable[Path]) -> list[Run]:
-    """The runs that `paths` are or hold.
-
-    Raises:
-        ResultsError: one of them is and holds none.
-    """
-    found: dict[Path, Run] = {}
-    for path in paths:
-        inside = sorted(x.parent for x in path.glob("*/summary.json"))
-        for directory in [path] if (path / "summary.json").exists() else inside or [path]:
-            found.setdefault(directory.resolve(), read_run(directory))
-    return list(found.values())
-
-
-def read_published_curves(directory: Path) -> dict[str, list[np.ndarray]]:
-    """The published test curves of tanjeffreyz, by label: steps and errors in %, (2, tests) each.
-
-    Args:
-        directory: of its metrics, holding such as CifarResNet-20-R-A-DATE/test_errors.npy, whose
-            rows are epochs from 0 and fractions.
-
-    Raises:
-        ResultsError: there are none.
-    """
-    curves: dict[str, list[np.ndarray]] = {}
-    for path in sorted(directory.glob("CifarResNet-*/test_errors.npy")):
-        _, depth, kind, shortcut, *_ = path.parent.name.split("-")
-        name = f"plain-{depth}" if kind == "P" else f"ResNet-{depth} {shortcut}"
-        epochs, errors = np.load(path)
-        curves.setdefault(name, []).append(np.stack([(epochs + 1) * STEPS_PER_EPOCH, 100 * errors]))
-    if not curves:
-        raise ResultsError(f"{directory} has no CifarResNet-*/test_errors.npy")
-    return curves
-
-
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """By everything but the seed and where data lie; plain first, by depth, by shortcut."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        tree = run.config.to_dict()
-        del tree["seed"], tree["data"]["dir"]
-        groups.setdefault(json.dumps([tree, data_of(run)], sort_keys=True), []).append(run)
-    made = [
-        Group(runs[0].config.model.label, sorted(runs, key=lambda run: run.config.seed))
-        for runs in groups.values()
-    ]
-    order = ["plain", "A", "B", "C"]
-    made.sort(
-        key=lambda group: (
-            group.config.model.depth,
-            order.index(group.config.model.shortcut.value),
-            group.label,
-            -group.config.train.steps,
-        )
-    )
-    labels = [group.label for group in made]
-    return [
-        group._replace(label=f"{group.label}, {group.config.train.steps:,} steps")
-        if labels.count(group.label) > 1
-        else group
-        for group in made
-    ]
-
-
-def copy_small_files(workdir: Path, target: Path) -> None:
-    """What of a run is to be committed: no checkpoints, no TensorBoard events."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in SMALL_FILES:
-        if (workdir / name).exists():
-            shutil.copyfile(workdir / name, target / name)
-
-
-# --- Writing --------------------------------------------------------------------------------------
 
 
 def write_readme(directory: Path, figures: Sequence[str] = ()) -> None:
@@ -303,20 +118,6 @@ def schedule(config: Experiment) -> str:
     if optim.warmup_steps:
         text += f", first {optim.warmup_steps} at {optim.warmup_lr}"
     return text
-
-
-def data_of(run: Run) -> str:
-    """The dataset; where it is not whole, how much of it there was."""
-    if run.config.data.name is not Dataset.CIFAR10:
-        return run.config.data.name.value
-    held_out = run.config.data.validation
-    name = f"CIFAR-10, {held_out:,} held out" if held_out else "CIFAR-10"
-    if "train_examples" not in run.summary:
-        return f"{name} (sizes not recorded)"
-    train, test = run.summary["train_examples"], run.summary["test_examples"]
-    if (train + held_out, test) == (50_000, 10_000):
-        return name
-    return f"**reduced** {name}: {train:,} + {test:,} images"
 
 
 def hardware(run: Run) -> str:
