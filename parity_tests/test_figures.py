@@ -8,9 +8,10 @@ import pytest
 
 from flax_resnet.errors import ResultsError
 from flax_resnet.studies import figures, tables
+from flax_resnet.studies.groups import Group, group_runs
 from flax_resnet.studies.published import PUBLISHED, TANJEFFREYZ, read_published_curves
 from flax_resnet.studies.recipes import STUDIES, make_jobs
-from flax_resnet.studies.runs import Group, find_runs, group_runs
+from flax_resnet.studies.runs import find_runs
 
 METRICS = Path(__file__).parent.parent.parent / "shared/reference/metrics"
 SEEDS = (0, 1, 2)

@@ -17,7 +17,8 @@ import flax_resnet
 from flax_resnet.config import Experiment, Preprocess, ResNetConfig, Shortcut, Statistics
 from flax_resnet.data import digits, pixels
 from flax_resnet.studies import figures, tables
-from flax_resnet.studies.runs import find_runs, group_runs
+from flax_resnet.studies.groups import group_runs
+from flax_resnet.studies.runs import find_runs
 from flax_resnet.training.loop import fit
 from flax_resnet.training.workdir import open_run, read_config
 from flax_resnet.weights import pretrained

@@ -14,8 +14,9 @@ from absl import flags
 
 from flax_resnet import cli
 from flax_resnet.studies import figures, tables
+from flax_resnet.studies.groups import group_runs
 from flax_resnet.studies.published import read_published_curves
-from flax_resnet.studies.runs import find_runs, group_runs
+from flax_resnet.studies.runs import find_runs
 
 OUT = flags.DEFINE_string("out", None, "directory for the figures; made if need be")
 PUBLISHED = flags.DEFINE_string(

@@ -19,9 +19,10 @@ from flax_resnet import cli
 from flax_resnet.errors import ConfigError
 from flax_resnet.json_files import write_json
 from flax_resnet.studies import figures, recipes, sweep, tables
+from flax_resnet.studies.groups import group_runs
 from flax_resnet.studies.recipes import Job
 from flax_resnet.studies.responses import record
-from flax_resnet.studies.runs import copy_small_files, find_runs, group_runs
+from flax_resnet.studies.runs import copy_small_files, find_runs
 from flax_resnet.training import workdir
 from flax_resnet.training.loop import fit
 

@@ -1,20 +1,28 @@
 """The figures of a paper on these networks, from finished runs.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles and markers say the
-same for greyscale. Bold lines are test errors, light ones training errors, as in the paper's
-figure 6 and in tanjeffreyz's figures. Bands are one sample standard deviation over the seeds.
+Bold lines are test errors, light ones training errors, as in the paper's figure 6 and in
+tanjeffreyz's figures. Bands are one sample standard deviation over the seeds.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flax_resnet.config import Shortcut
+from flax_resnet.studies.groups import (
+    Group,
+    at_one_depth,
+    depths,
+    deviation_of,
+    is_plain,
+    responded,
+    sides,
+    stacked,
+)
 from flax_resnet.studies.published import AKAMASTER, PAPER, PUBLISHED, TANJEFFREYZ
-from flax_resnet.studies.runs import Group
+from flax_resnet.studies.style import SHORTCUT_STYLES, Style, response_styles, settings, styles
 from flax_resnet.studies.tables import spread
 
 if TYPE_CHECKING:
@@ -24,44 +32,8 @@ if TYPE_CHECKING:
 Curves = Mapping[str, Sequence[np.ndarray]]  # test curves by label: steps, errors in %
 NO_CURVES: Curves = {}
 
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY, PURPLE, BLACK = "#56B4E9", "#CC79A7", "#000000"
-SETTINGS: dict[Any, Any] = {
-    "font.family": "STIXGeneral",
-    "mathtext.fontset": "stix",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.hashsalt": "flax-resnet",  # so that the same runs give the same file
-}
 WIDTH = 6.8  # inches: a page's text
 BINS = 60  # a training curve is averaged in so many pieces: a line of the log sees few batches
-
-
-class Style(NamedTuple):
-    color: str
-    line: Any
-    marker: str
-
-
-SHORTCUT_STYLES = {
-    Shortcut.PLAIN: Style(VERMILION, (0, (4, 1.5)), "s"),
-    Shortcut.A: Style(BLUE, "-", "o"),
-    Shortcut.B: Style(GREEN, (0, (6, 1.5, 1, 1.5)), "^"),
-    Shortcut.C: Style(PURPLE, (0, (1, 1)), "D"),
-}
-DEPTH_STYLES = [
-    Style(BLUE, "-", "o"),
-    Style(VERMILION, (0, (4, 1.5)), "s"),
-    Style(GREEN, (0, (6, 1.5, 1, 1.5)), "^"),
-    Style(PURPLE, (0, (1, 1)), "D"),
-    Style(BLACK, (0, (8, 2)), "v"),
-    Style(ORANGE, (0, (3, 1, 1, 1, 1, 1)), "P"),
-]
 
 
 def draw_all(groups: Sequence[Group], out: Path, published: Curves | None = None) -> list[str]:
@@ -70,7 +42,7 @@ def draw_all(groups: Sequence[Group], out: Path, published: Curves | None = None
     Of several datasets, that of most groups is drawn.
 
     Args:
-        published: curves of `tables.read_published_curves`, to be drawn beside ours.
+        published: curves of `published.read_published_curves`, to be drawn beside ours.
     """
     published = published or {}
     out.mkdir(parents=True, exist_ok=True)
@@ -104,14 +76,6 @@ def short_labels(groups: Sequence[Group]) -> list[Group]:
     if len(families) > 1:
         return list(groups)
     return [group._replace(label=group.label.partition(" (")[0]) for group in groups]
-
-
-@contextlib.contextmanager
-def settings() -> Iterator[None]:
-    from matplotlib import rc_context  # takes a second
-
-    with rc_context(SETTINGS):
-        yield
 
 
 # --- Error against the step -----------------------------------------------------------------------
@@ -333,81 +297,6 @@ def layer_responses(groups: Sequence[Group]) -> "Figure":
     return figure
 
 
-# --- Choosing and averaging -----------------------------------------------------------------------
-
-
-def is_plain(group: Group) -> bool:
-    return group.config.model.shortcut is Shortcut.PLAIN
-
-
-def depths(groups: Sequence[Group]) -> list[int]:
-    return sorted({group.config.model.depth for group in groups})
-
-
-def at_one_depth(groups: Sequence[Group]) -> list[Group]:
-    """Those of the depth that most of them have."""
-    found = [group.config.model.depth for group in groups]
-    return [group for group in groups if group.config.model.depth == max(found, key=found.count)]
-
-
-def sides(groups: Sequence[Group]) -> tuple[list[Group], list[Group]] | None:
-    """Plain groups, and the residual ones of their commonest shortcut; None without either."""
-    plain = [group for group in groups if is_plain(group)]
-    residual = [group for group in groups if not is_plain(group)]
-    if not plain or not residual:
-        return None
-    shortcuts = [group.config.model.shortcut for group in residual]
-    commonest = max(shortcuts, key=shortcuts.count)
-    return plain, [group for group in residual if group.config.model.shortcut is commonest]
-
-
-def responded(groups: Sequence[Group]) -> list[Group]:
-    """Those of figure 7, as far as their layers' responses were measured: the shallowest and the
-    deepest depth that there are plain and residual, and the deepest residual network.
-    """
-    measured = [group for group in groups if any(run.responses for run in group.runs)]
-    pair = sides(measured)
-    if pair is None:
-        return [group for group in measured if group.config.model.depth in ends(measured)]
-    common = [group for group in pair[1] if group.config.model.depth in depths(pair[0])]
-    shown = ends(common)
-    plain = [group for group in pair[0] if group.config.model.depth in shown]
-    deepest = max(depths(pair[1]))
-    return [*plain, *(g for g in pair[1] if g.config.model.depth in {*shown, deepest})]
-
-
-def ends(groups: Sequence[Group]) -> set[int]:
-    """The smallest and the largest depth."""
-    found = depths(groups)
-    return {found[0], found[-1]} if found else set()
-
-
-def response_styles(groups: Sequence[Group]) -> list[Style]:
-    """Plain networks warm and broken, residual ones cold and solid but for the shallowest."""
-    warm = iter([Style(ORANGE, (0, (1, 1)), "s"), Style(VERMILION, (0, (4, 1.5)), "D")])
-    dashdot = (0, (6, 1.5, 1, 1.5))
-    cold = iter([Style(SKY, dashdot, "^"), Style(BLUE, "-", "o"), Style(BLACK, "-", "v")])
-    fallback = iter(DEPTH_STYLES * len(groups))
-    return [next(warm if is_plain(group) else cold, next(fallback)) for group in groups]
-
-
-def styles(groups: Sequence[Group], by_depth: Sequence[int] = ()) -> list[Style]:
-    """Of each group, distinct: by depth if asked for, else by shortcut if that tells them apart."""
-    if by_depth:
-        order = [by_depth.index(group.config.model.depth) for group in groups]
-        return [DEPTH_STYLES[i % len(DEPTH_STYLES)] for i in order]
-    shortcuts = [group.config.model.shortcut for group in groups]
-    if len(set(shortcuts)) == len(shortcuts):
-        return [SHORTCUT_STYLES[shortcut] for shortcut in shortcuts]
-    return [DEPTH_STYLES[i % len(DEPTH_STYLES)] for i in range(len(groups))]
-
-
-def stacked(group: Group, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (rows,) and errors in % (seeds, rows)."""
-    found = [run.curve(split) for run in group.runs]
-    return found[0][0], 100 * np.stack([errors for _, errors in found])
-
-
 def binned(steps: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same, each at most BINS rows long, by averaging neighbours."""
     if len(steps) <= BINS:
@@ -417,8 +306,3 @@ def binned(steps: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarra
         np.array([steps[part].mean() for part in parts]),
         np.stack([errors[:, part].mean(1) for part in parts], 1),
     )
-
-
-def deviation_of(values: np.ndarray) -> np.ndarray:
-    """Sample standard deviation over the first axis; 0 for one value."""
-    return np.asarray(values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:]))

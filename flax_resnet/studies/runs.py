@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_resnet.config import Dataset, Experiment
+from flax_resnet.config import Experiment
 from flax_resnet.errors import ResultsError
-from flax_resnet.studies.published import PUBLISHED
 from flax_resnet.studies.responses import BATCH_STATISTICS, RESPONSES
 from flax_resnet.training.metrics_log import Row, read_metrics
 
@@ -43,28 +42,6 @@ class Run(NamedTuple):
         """Mean over the last tenth of the steps: a line of the log sees but a few batches."""
         steps, values = self.curve("train")
         return float(values[steps > 0.9 * self.summary["steps"]].mean())
-
-
-class Group(NamedTuple):
-    """The runs of one network that differ in their seeds alone."""
-
-    label: str  # such as "ResNet-20 A"
-    runs: list[Run]
-
-    @property
-    def config(self) -> Experiment:
-        return self.runs[0].config
-
-    @property
-    def test_errors(self) -> np.ndarray:
-        """In %, at the last step, one for each run."""
-        return np.array([100 * run.summary["test_error"] for run in self.runs])
-
-    def published(self, source: str) -> tuple[float, ...]:
-        """In %; () for a network that has none, or other data than CIFAR-10."""
-        if self.config.data.name is not Dataset.CIFAR10:
-            return ()
-        return PUBLISHED[source].get(self.config.model.label.split(" (")[0], ())
 
 
 def read_run(path: Path) -> Run:
@@ -100,52 +77,9 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     return list(found.values())
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """By everything but the seed and where data lie; plain first, by depth, by shortcut."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        tree = run.config.to_dict()
-        del tree["seed"], tree["data"]["dir"]
-        groups.setdefault(json.dumps([tree, data_of(run)], sort_keys=True), []).append(run)
-    made = [
-        Group(runs[0].config.model.label, sorted(runs, key=lambda run: run.config.seed))
-        for runs in groups.values()
-    ]
-    order = ["plain", "A", "B", "C"]
-    made.sort(
-        key=lambda group: (
-            group.config.model.depth,
-            order.index(group.config.model.shortcut.value),
-            group.label,
-            -group.config.train.steps,
-        )
-    )
-    labels = [group.label for group in made]
-    return [
-        group._replace(label=f"{group.label}, {group.config.train.steps:,} steps")
-        if labels.count(group.label) > 1
-        else group
-        for group in made
-    ]
-
-
 def copy_small_files(workdir: Path, target: Path) -> None:
     """What of a run is to be committed: no checkpoints, no TensorBoard events."""
     target.mkdir(parents=True, exist_ok=True)
     for name in SMALL_FILES:
         if (workdir / name).exists():
             shutil.copyfile(workdir / name, target / name)
-
-
-def data_of(run: Run) -> str:
-    """The dataset; where it is not whole, how much of it there was."""
-    if run.config.data.name is not Dataset.CIFAR10:
-        return run.config.data.name.value
-    held_out = run.config.data.validation
-    name = f"CIFAR-10, {held_out:,} held out" if held_out else "CIFAR-10"
-    if "train_examples" not in run.summary:
-        return f"{name} (sizes not recorded)"
-    train, test = run.summary["train_examples"], run.summary["test_examples"]
-    if (train + held_out, test) == (50_000, 10_000):
-        return name
-    return f"**reduced** {name}: {train:,} + {test:,} images"

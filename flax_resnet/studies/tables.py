@@ -10,9 +10,10 @@ import numpy as np
 
 from flax_resnet.config import Experiment, OptimConfig, Stem, TrainConfig
 from flax_resnet.errors import ResultsError
+from flax_resnet.studies.groups import Group, data_of, group_runs
 from flax_resnet.studies.published import PUBLISHED
 from flax_resnet.studies.recipes import STUDIES, TANJEFFREYZ_STEPS
-from flax_resnet.studies.runs import Group, Run, data_of, find_runs, group_runs
+from flax_resnet.studies.runs import Run, find_runs
 
 SWEEP = "sweep.json"  # beside the runs: how they were made
 
