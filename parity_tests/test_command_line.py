@@ -131,5 +131,5 @@ def test_the_difference_of_two_configs_names_every_field() -> None:
     ours = Experiment().to_dict()
     theirs = Experiment(seed=1).to_dict()
     theirs["model"]["depth"] = 56
-    assert difference(ours, theirs) == ["model.depth: 20 there, 56 here", "seed: 0 there, 1 here"]
-    assert difference(ours, ours) == []
+    assert difference(ours, theirs) == {"model.depth": (20, 56), "seed": (0, 1)}
+    assert difference(ours, ours) == {}

@@ -36,7 +36,6 @@ ONE_SIDED = {  # and why; a class or function stands for all that is in it
     "step": {
         "Metrics.zeros": LOG,
         "Metrics.plus": LOG,
-        "Metrics.zero_if": LOG,
         "Metrics.mean": LOG,
         "TrainState.step": "PyTorch's schedule counts",
         "TrainState.params": STATE,
