@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 
 import flax_resnet
-from flax_resnet.config import ResNetConfig, Shortcut
+from flax_resnet.config import ChannelPad, ResNetConfig, Shortcut
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.training.converted import check_target, is_workdir_name
-from flax_resnet.weights import files
+from flax_resnet.weights import account, files
 from flax_resnet.weights.layouts import Layout
-from flax_resnet.weights.state_dict import from_state_dict
+from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 from parity_tests.pair import torch
 from torch_ref.resnet import ResNet as TorchResNet
 
@@ -459,3 +459,38 @@ def test_only_what_a_conversion_wrote_is_overwritten(tmp_path: Path) -> None:
             check_target(target, is_workdir=is_workdir, overwrite=True)
         with pytest.raises(ConfigError, match="--overwrite replaces it"):
             check_target(target, is_workdir=is_workdir, overwrite=False)
+
+
+def columns(text: str) -> list[list[str]]:
+    """The lines of an account, without the spaces that align it."""
+    return [re.split(r"  +", line) for line in text.splitlines()]
+
+
+def test_the_account_names_every_key_and_what_is_not_used() -> None:
+    state = files.unwrap(make_state(ResNetConfig.tanjeffreyz(8))).state_dict
+    ours = from_state_dict(state, shortcut=Shortcut.A, channel_pad=ChannelPad.END)
+    written = to_state_dict(ours.config, ours.params, ours.batch_stats, layout=Layout.TANJEFFREYZ)
+    unused = [key for key in written if "downsample" in key]
+    assert len(unused) == 4
+
+    lines = columns(account.of_writing(ours, written, Layout.TANJEFFREYZ))
+    assert [line[3] for line in lines] == list(written)
+    assert [line[3] for line in lines if line[0] == "(unused projection)"] == unused
+    assert ["conv1.kernel", "(3, 3, 3, 16)", "->", "model.0.weight", "(16, 3, 3, 3)"] in lines
+
+    lines = columns(account.of_reading(from_state_dict(written), ["epoch"]))
+    assert [line[0] for line in lines[: len(written)]] == list(written)
+    assert ["model.0.weight", "(16, 3, 3, 3)", "->", "conv1.kernel", "(3, 3, 3, 16)"] in lines
+    assert [f"unused: {', '.join([*unused, 'epoch'])}"] in lines
+    assert lines[-1][0].startswith("network: depth 8, shortcut A, ")
+
+
+@pytest.mark.parametrize("channel_pad", ChannelPad)
+def test_a_network_that_akamaster_would_read_otherwise_is_noted(channel_pad: ChannelPad) -> None:
+    state = files.unwrap(make_state(ResNetConfig.paper(8))).state_dict
+    ours = from_state_dict(state, channel_pad=channel_pad)
+    weights = ours.config, ours.params, ours.batch_stats
+    for layout in (Layout.AKAMASTER, Layout.TORCHVISION):
+        text = account.of_writing(ours, to_state_dict(*weights, layout=layout), layout)
+        is_misread = layout is Layout.AKAMASTER and channel_pad is ChannelPad.END
+        assert ("note: akamaster's own code pads at the centre" in text) is is_misread

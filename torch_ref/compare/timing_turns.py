@@ -1,4 +1,7 @@
-"""Variants side by side: each in a process of its own, so that a busy machine slows all alike."""
+"""Variants side by side: each has a process of its own.
+
+They take turns, so that a busy machine slows all alike.
+"""
 
 import multiprocessing
 import os
