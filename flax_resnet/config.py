@@ -86,6 +86,9 @@ class Preprocess(enum.Enum):
     STANDARDIZE = "standardize"  # 0..1, standardised by the training set's own
 
 
+WIDTHS = (16, 32, 64)  # channels of the three stages of every network of section 4.2
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What a checkpoint fixes of a network: enough to build it around the checkpoint's arrays.
@@ -148,6 +151,37 @@ class ResNetConfig:
         settings: dict[str, Any] = {"channel_pad": ChannelPad.CENTRE}
         return cls(depth=depth, shortcut=shortcut, **(settings | overrides))
 
+    @classmethod
+    def of(cls, architecture: Architecture, **overrides: Any) -> "ResNetConfig":
+        """The config of a network that is there already.
+
+        Args:
+            overrides: what no architecture tells: how it is computed, how its projections began.
+
+        Raises:
+            ConfigError: no config has such stages.
+        """
+        blocks, widths = architecture.blocks, architecture.widths
+        if widths != WIDTHS or len(blocks) != len(widths) or len(set(blocks)) > 1:
+            raise ConfigError(
+                f"a network must have equally many blocks in three stages of {WIDTHS} channels, "
+                f"got {blocks} blocks of {widths} channels"
+            )
+        average = architecture.projection is Projection.CONV_BIAS
+        usual: dict[str, Any] = {
+            "projection_init": ProjectionInit.AVERAGE if average else ProjectionInit.KAIMING
+        }
+        return cls(
+            depth=2 + 2 * sum(blocks),
+            shortcut=architecture.shortcut,
+            channel_pad=architecture.channel_pad,
+            projection=architecture.projection,
+            stem=architecture.stem,
+            conv_bias=architecture.conv_bias,
+            num_classes=architecture.num_classes,
+            **(usual | overrides),
+        )
+
     def block_by_block(self) -> "ResNetConfig":
         """The same network, with every block a module of its own that stores what it computes."""
         return dataclasses.replace(self, scan_blocks=False, remat=False)
@@ -162,8 +196,8 @@ class ResNetConfig:
         """What of this a checkpoint fixes."""
         return Architecture(
             stem=self.stem,
-            widths=(16, 32, 64),
-            blocks=(self.blocks_per_stage,) * 3,
+            widths=WIDTHS,
+            blocks=(self.blocks_per_stage,) * len(WIDTHS),
             shortcut=self.shortcut,
             channel_pad=self.channel_pad,
             projection=self.projection,
