@@ -52,7 +52,7 @@ def make_pair(config: ResNetConfig, seed: int = 0) -> Pair:
 def make_twin(config: ResNetConfig, params: Tree, batch_stats: Tree) -> TorchResNet:
     """The PyTorch network with these weights; shares no memory with them."""
     twin = TorchResNet(config)
-    state = to_state_dict(config, params, batch_stats)
+    state = to_state_dict(config.architecture, params, batch_stats)
     twin.load_state_dict({key: torch.from_numpy(array) for key, array in state.items()})
     return twin
 

@@ -3,13 +3,18 @@
 import dataclasses
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from flax import nnx
 
-from flax_resnet.config import DType, ResNetConfig, Shortcut
+import flax_resnet
+from flax_resnet.config import ChannelPad, DType, ResNetConfig, Shortcut
 from flax_resnet.errors import ConfigError
-from flax_resnet.resnet import ResNet
-from flax_resnet.weights.state_dict import from_state_dict
+from flax_resnet.resnet import ResNet, abstract
+from flax_resnet.weights.layouts import Layout
+from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
+from parity_tests.pair import torch
 from torch_ref.resnet import ResNet as TorchResNet
 
 FAMILIES = [ResNetConfig.paper, ResNetConfig.tanjeffreyz, ResNetConfig.akamaster]
@@ -52,3 +57,21 @@ def test_stages_that_no_config_has(stages: dict[str, Any]) -> None:
     other = dataclasses.replace(ResNetConfig.paper(20).architecture, **stages)
     with pytest.raises(ConfigError, match="equally many blocks in three stages of"):
         ResNetConfig.of(other)
+
+
+@pytest.mark.parametrize("layout", [Layout.AKAMASTER, Layout.TANJEFFREYZ], ids=lambda x: x.value)
+def test_a_model_is_exported_by_what_it_keeps(layout: Layout) -> None:
+    """However it is computed: here with scans, and in bfloat16."""
+    how = {"scan_blocks": True, "dtype": DType.BFLOAT16}
+    config = ResNetConfig.tanjeffreyz(20, Shortcut.B, channel_pad=ChannelPad.CENTRE, **how)
+    graphdef, *trees = abstract(config)
+    rng = np.random.default_rng(0)
+    trees = jax.tree.map(lambda x: rng.uniform(size=x.shape).astype(x.dtype), trees)
+    model = nnx.merge(graphdef, *trees)
+    ours = flax_resnet.to_torch(model, layout=layout, step=5)
+    expected = to_state_dict(config.architecture, *trees, layout=layout, step=5)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], torch.tensor(expected[key])) for key in expected)
+    told = {"shortcut": Shortcut.B, "channel_pad": ChannelPad.CENTRE}
+    back = from_state_dict(expected, **told)
+    assert (back.config.architecture, back.step) == (config.architecture, 5)

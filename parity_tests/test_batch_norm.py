@@ -28,7 +28,7 @@ from flax_resnet.data import digits, pixels
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.step import init, train_step
-from flax_resnet.weights.state_dict import tree_to_torch
+from flax_resnet.weights.trees import tree_to_torch
 from parity_tests.pair import images, make_twin, relative, to_torch, torch
 from torch_ref import step as torch_step
 from torch_ref.optim import make_optimizer, make_schedule

@@ -29,7 +29,7 @@ from flax_resnet.config import DType, ResNetConfig, Shortcut
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.resnet import abstract
-from flax_resnet.weights.state_dict import tree_to_torch
+from flax_resnet.weights.trees import tree_to_torch
 from parity_tests.pair import Pair, make_twin, to_torch, torch
 
 Arrays = dict[str, np.ndarray]

@@ -154,7 +154,7 @@ def test_what_is_in_doubt_is_said() -> None:
     half = {key: x.half() if x.ndim else x for key, x in make_state().items()}
     half["bn1.num_batches_tracked"] += 5
     contents = files.unwrap(half)
-    assert from_state_dict(contents.state_dict).choices == [
+    assert from_state_dict(contents.state_dict).assumed == [
         "float16 numbers widened to float32",
         "step 0 (BatchNorm's counters disagree: 0 to 5)",
     ]
@@ -388,7 +388,7 @@ def test_there_and_back_with_the_script(tmp_path: Path) -> None:
     assert "conv1.weight  " in rows[0]
     assert "->  conv1.kernel" in rows[0]
     assert "unused: nothing" in table
-    assert "assumed: shortcut A (no key tells it from plain in the twin layout)" in table
+    assert "assumed: shortcut A. Plain networks have the same keys in the twin layout" in table
     assert "assumed: channel_pad" not in table
     match = re.search(r"float32 (\S+), float64 (\S+)", table)
     assert match

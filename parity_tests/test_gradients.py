@@ -31,7 +31,7 @@ from flax_resnet.config import DType, ResNetConfig, Shortcut
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.step import measure
-from flax_resnet.weights.state_dict import tree_to_torch
+from flax_resnet.weights.trees import tree_to_torch
 from parity_tests.pair import Pair, images, make_pair, make_twin, relative, to_torch, torch
 from torch_ref import step as torch_step
 

@@ -19,7 +19,7 @@ from scipy import stats
 from flax_resnet import resnet
 from flax_resnet.config import Projection, ProjectionInit, ResNetConfig, Shortcut
 from flax_resnet.resnet import ResNet, split
-from flax_resnet.weights.state_dict import tree_to_torch
+from flax_resnet.weights.trees import tree_to_torch
 
 NETWORKS = 16
 COMPARISONS = 3 * 124  # of 124 tensors: ours, theirs and the formula

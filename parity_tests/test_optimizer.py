@@ -21,7 +21,7 @@ import pytest
 from flax_resnet.config import DType, OptimConfig, ResNetConfig, Shortcut
 from flax_resnet.nn.scan import Tree
 from flax_resnet.optim import make_optimizer, make_schedule
-from flax_resnet.weights.state_dict import tree_to_torch
+from flax_resnet.weights.trees import tree_to_torch
 from parity_tests.pair import make_pair, torch
 from torch_ref import optim as twin
 

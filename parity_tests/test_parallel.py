@@ -16,7 +16,7 @@ from flax_resnet.data import digits
 from flax_resnet.data.pixels import Batch
 from flax_resnet.parallel import sharding
 from flax_resnet.step import Metrics, TrainState, init, train_step
-from flax_resnet.weights.state_dict import tree_to_torch
+from flax_resnet.weights.trees import tree_to_torch
 
 BATCH = 16
 TOLERANCE = 1e-12

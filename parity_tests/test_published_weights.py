@@ -28,7 +28,7 @@ from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.parallel.sharding import AXIS
 from flax_resnet.training.evaluation import make_evaluate_by_batch_statistics
 from flax_resnet.weights import files
-from flax_resnet.weights.layouts import Layout, StateDict, to_name
+from flax_resnet.weights.layouts import Layout, StateDict, by_name
 from flax_resnet.weights.state_dict import UNUSED, Imported, from_state_dict
 from parity_tests.pair import images, relative, to_torch, torch
 from torch_ref import pixels as torch_pixels
@@ -93,8 +93,8 @@ def twin_of(imported: Imported, state_dict: StateDict) -> TorchResNet:
     """PyTorch's network with the file's own tensors, renamed and nothing else."""
     twin = TorchResNet(imported.config).eval()
     known = twin.state_dict()
-    named = {to_name(key, imported.layout, state_dict): key for key in state_dict}
-    arrays = {name: state_dict[key] for name, key in named.items() if name in known}
+    keys = by_name(state_dict, imported.layout)
+    arrays = {name: state_dict[key] for name, key in keys.items() if name in known}
     twin.load_state_dict(files.tensors(arrays))
     return twin
 
@@ -128,9 +128,9 @@ def test_the_report_is_strict(published: Published) -> None:
     assert imported.config.shortcut is Shortcut.A
     assert imported.step == published.step
     assert contents.ignored == published.ignored
-    assert [row.key for row in imported.rows] == list(contents.state_dict)
-    assert [row.key for row in imported.rows if row.name == UNUSED] == published.unused
-    assert len(imported.choices) == 2  # neither plain nor the padding can be told from A's keys
+    assert [place.key for place in imported.placements] == list(contents.state_dict)
+    assert [place.key for place in imported.placements if place.name == UNUSED] == published.unused
+    assert len(imported.assumed) == 2  # neither plain nor the padding can be told from A's keys
 
 
 @pytest.mark.parametrize("published", BOTH)
@@ -281,7 +281,7 @@ def test_files_of_the_torchvision_layout(shortcut: Shortcut, wrapped: bool, tmp_
     assert (imported.layout, imported.config.shortcut) == (Layout.TORCHVISION, shortcut)
     assert imported.step == 3
     assert contents.ignored == (["optimizer", "epoch"] if wrapped else [])
-    assert imported.choices == []
+    assert imported.assumed == []
     ours = flax_resnet.from_torch(path)
     assert relative(jax.jit(lambda x: ours(x))(image), theirs) <= 1e-12
     net.load_state_dict(flax_resnet.to_torch(ours, layout=Layout.TORCHVISION, step=3))

@@ -31,13 +31,8 @@ from flax_resnet.resnet import abstract, split
 from flax_resnet.step import init, train_step
 from flax_resnet.weights import files
 from flax_resnet.weights.layouts import Layout, check_layout, to_key, unused_projections
-from flax_resnet.weights.state_dict import (
-    from_state_dict,
-    momentum_from_torch,
-    momentum_to_torch,
-    to_state_dict,
-    tree_to_torch,
-)
+from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
+from flax_resnet.weights.trees import momentum_from_torch, momentum_to_torch, tree_to_torch
 from parity_tests.pair import images, make_twin, to_torch, torch
 from torch_ref import step as torch_step
 from torch_ref.pixels import Batch as TorchBatch
@@ -84,8 +79,8 @@ def random_torch(config: ResNetConfig, layout: Layout) -> dict[str, np.ndarray]:
         if name.endswith("num_batches_tracked"):
             state[name] = np.array(1234)
     if layout is Layout.TANJEFFREYZ:
-        state |= unused_projections(config)
-    return {to_key(name, layout, config.blocks_per_stage): x for name, x in state.items()}
+        state |= unused_projections(config.architecture)
+    return {to_key(name, layout, config.architecture.blocks): x for name, x in state.items()}
 
 
 @pytest.mark.parametrize(("layout", "family", "shortcut"), CASES)
@@ -93,18 +88,20 @@ def test_flax_to_pytorch_to_flax(layout: Layout, family: str, shortcut: Shortcut
     for depth, dtype in ((8, DType.FLOAT64), (20, DType.FLOAT32)):
         config = FAMILIES[family](depth, shortcut, dtype=dtype, num_classes=7)
         params, batch_stats = random_trees(config)
-        state = to_state_dict(config, params, batch_stats, step=1234, layout=layout)
+        state = to_state_dict(config.architecture, params, batch_stats, step=1234, layout=layout)
         back = from_state_dict(state, shortcut=shortcut, channel_pad=config.channel_pad)
         assert_same_bits((back.params, back.batch_stats), (params, batch_stats))
         assert (back.config, back.layout, back.step) == (config, layout, 1234)
-        assert back.choices == []
+        assert back.assumed == []
 
 
 @pytest.mark.parametrize(("layout", "family", "shortcut"), CASES)
 def test_pytorch_to_flax_to_pytorch(layout: Layout, family: str, shortcut: Shortcut) -> None:
     state = random_torch(FAMILIES[family](14, shortcut), layout)
     ours = from_state_dict(state, shortcut=shortcut)
-    back = to_state_dict(ours.config, ours.params, ours.batch_stats, step=ours.step, layout=layout)
+    back = to_state_dict(
+        ours.config.architecture, ours.params, ours.batch_stats, step=ours.step, layout=layout
+    )
     assert_same_bits(back, state)
 
 
@@ -115,7 +112,7 @@ def test_models_through_files(layout: Layout, suffix: str, tmp_path: Path) -> No
     config = FAMILIES["tanjeffreyz" if is_tanjeffreyz else "paper"](8, Shortcut.C)
     first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"
     params, batch_stats = random_trees(config)
-    state = to_state_dict(config, params, batch_stats, layout=layout)
+    state = to_state_dict(config.architecture, params, batch_stats, layout=layout)
     files.write(first, state, layout)
     model = flax_resnet.from_torch(first)
     assert_same_bits(split(model)[1:], (params, batch_stats))
@@ -133,7 +130,7 @@ def batch_norms(model: flax_resnet.ResNet) -> list[Any]:
 
 def test_a_model_that_no_network_of_the_layout_is_like() -> None:
     with pytest.raises(WeightsError, match="tanjeffreyz's layout has"):
-        check_layout(ResNetConfig.paper(8), Layout.TANJEFFREYZ)
+        check_layout(ResNetConfig.paper(8).architecture, Layout.TANJEFFREYZ)
 
 
 def test_tanjeffreyzs_unused_projections_are_the_exception() -> None:
@@ -141,7 +138,11 @@ def test_tanjeffreyzs_unused_projections_are_the_exception() -> None:
     state["model.2.conv_downsample.weight"] += 1
     ours = from_state_dict(state)
     back = to_state_dict(
-        ours.config, ours.params, ours.batch_stats, step=1234, layout=Layout.TANJEFFREYZ
+        ours.config.architecture,
+        ours.params,
+        ours.batch_stats,
+        step=1234,
+        layout=Layout.TANJEFFREYZ,
     )
     changed = [key for key in state if not np.array_equal(back[key], state[key])]
     assert changed == ["model.2.conv_downsample.weight"]
@@ -221,7 +222,7 @@ class Torch:
     def take_over(self, other: Flax, momentum: bool = True) -> None:
         state = other.state
         arrays = to_state_dict(
-            self.config.model, state.params, state.batch_stats, step=int(state.step)
+            self.config.model.architecture, state.params, state.batch_stats, step=int(state.step)
         )
         self.state.model.load_state_dict(files.tensors(arrays))
         buffers = files.tensors(other.momentum())
@@ -303,7 +304,7 @@ def test_a_swapped_axis_would_be_seen() -> None:
     """The mutant: square kernels that are transposed wrongly keep their shape, not their bits."""
     config = ResNetConfig.paper(8, Shortcut.A)
     params, batch_stats = random_trees(config)
-    state = to_state_dict(config, params, batch_stats)
+    state = to_state_dict(config.architecture, params, batch_stats)
     key = "stages.0.0.conv1.weight"
     state[key] = np.ascontiguousarray(state[key].transpose(1, 0, 3, 2))
     with pytest.raises(AssertionError):

@@ -110,7 +110,7 @@ def test_a_scanned_network_starts_from_the_same_weights() -> None:
     config = ResNetConfig(14, Shortcut.B)
     _, *ours = split(ResNet(replace(config, scan_blocks=True), rngs=nnx.Rngs(5)))
     _, *theirs = split(ResNet(config, rngs=nnx.Rngs(5)))
-    ours, theirs = (to_state_dict(config, *trees) for trees in (ours, theirs))
+    ours, theirs = (to_state_dict(config.architecture, *trees) for trees in (ours, theirs))
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array)

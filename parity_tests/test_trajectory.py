@@ -40,7 +40,8 @@ from flax_resnet.data import order, pixels, source
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.order import Draw
 from flax_resnet.step import Metrics, TrainState, init, train_step
-from flax_resnet.weights.state_dict import to_state_dict, tree_to_torch
+from flax_resnet.weights.state_dict import to_state_dict
+from flax_resnet.weights.trees import tree_to_torch
 from parity_tests.pair import torch
 from torch_ref import pixels as torch_pixels
 from torch_ref import step as torch_step
@@ -72,7 +73,7 @@ def experiment(shortcut: Shortcut, dtype: DType, **changed_rates: float) -> Expe
 def make_twin(config: Experiment, ours: TrainState, nudge: int = 0) -> torch_step.TrainState:
     """PyTorch's program with our first weights, each moved by a rounding or not if `nudge`."""
     twin = torch_step.init(config)
-    state = to_state_dict(config.model, ours.params, ours.batch_stats)
+    state = to_state_dict(config.model.architecture, ours.params, ours.batch_stats)
     twin.model.load_state_dict({key: torch.from_numpy(array) for key, array in state.items()})
     if nudge:
         rng = np.random.default_rng(nudge)

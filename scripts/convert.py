@@ -3,8 +3,8 @@
 SRC is a PyTorch file (.pt, .pth, .th, .safetensors) in any layout that `Layout` names, a run's
 work directory, or one of its checkpoints, WORKDIR/checkpoints/STEP. DST's ending says what is
 written: a PyTorch file, or without an ending a work directory, which scripts/evaluate.py and this
-script read. Printed are every key with its shape and where it went, what was assumed where no key
-tells, and how far the two networks' logits on the same random images are apart.
+script read. Printed are every key with its shape and where it went, what the file does not tell and
+was assumed, and how far the two networks' logits on the same random images are apart.
 
 Not converted: the optimizer's state (a new work directory begins with momentum 0), and the
 projections that tanjeffreyz's files hold but do not use (named in the table).
@@ -21,16 +21,20 @@ from flax_resnet.errors import ConfigError
 from flax_resnet.training.converted import check_target, is_workdir_name, write_workdir
 from flax_resnet.training.workdir import open_run
 from flax_resnet.weights import account, files
-from flax_resnet.weights.layouts import USUAL_PREPROCESS, Layout, StateDict
+from flax_resnet.weights.infer import USUAL_PREPROCESS
+from flax_resnet.weights.layouts import Layout, StateDict
 from flax_resnet.weights.state_dict import Imported, from_state_dict, to_state_dict
 from torch_ref.compare.agreement import NUM_IMAGES, logit_differences
 
 LAYOUT = flags.DEFINE_enum_class("layout", Layout.TWIN, Layout, "keys of the PyTorch file to write")
 SHORTCUT = flags.DEFINE_enum_class(
-    "shortcut", None, Shortcut, "of a PyTorch SRC: no key tells plain from A"
+    "shortcut", None, Shortcut, "of a PyTorch SRC: plain networks and shortcut A have the same keys"
 )
 CHANNEL_PAD = flags.DEFINE_enum_class(
-    "channel_pad", None, ChannelPad, "of a PyTorch SRC with option A: no key tells"
+    "channel_pad",
+    None,
+    ChannelPad,
+    "of a PyTorch SRC with shortcut A: its keys do not show where it pads",
 )
 DEPTH = flags.DEFINE_integer("depth", None, "what a PyTorch SRC must be")
 PREPROCESS = flags.DEFINE_enum_class(
@@ -48,8 +52,8 @@ def main(src: str, dst: str) -> None:
     imported, state_dict = read_flax(source) if source.is_dir() else read_torch(source)
     layout = imported.layout if to_flax else LAYOUT.value
     if not to_flax:
-        arrays = imported.params, imported.batch_stats
-        state_dict = to_state_dict(imported.config, *arrays, step=imported.step, layout=layout)
+        architecture, *arrays = imported.config.architecture, imported.params, imported.batch_stats
+        state_dict = to_state_dict(architecture, *arrays, step=imported.step, layout=layout)
         print(account.of_writing(imported, state_dict, layout))
     differences = logit_differences(imported, state_dict, layout)
     found = ", ".join(f"{dtype} {x:.1e}" for dtype, x in differences.items())
@@ -88,7 +92,10 @@ def choose_preprocess(layout: Layout) -> Preprocess:
     if PREPROCESS.present:
         return PREPROCESS.value
     usual = USUAL_PREPROCESS[layout]
-    print(f"assumed: preprocess {usual.value} (no key tells; the layout's usual)")
+    print(
+        f"assumed: preprocess {usual.value}, as is usual in the {layout.value} layout. The file "
+        "does not tell; set preprocess if it is another"
+    )
     return usual
 
 

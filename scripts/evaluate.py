@@ -2,10 +2,10 @@
 
 A work directory stands for its newest checkpoint, `WORKDIR/checkpoints/STEP` for that one, and a
 PyTorch file (.pt, .pth, .th, .safetensors) for itself. Settings are the run's own, or what the
-file's keys tell; each can be overridden: `--config.data.dir=...`. What no key of a file tells is
-assumed and said: `--preprocess`, `--config.model.shortcut` and `--config.model.channel_pad` tell
-it. The last line printed is JSON: {"test_error": fraction, "test_loss": nats per example,
-"examples": count}.
+file's keys tell; each can be overridden: `--config.data.dir=...`. A PyTorch file does not tell its
+preprocessing, nor always its shortcut and padding: what is assumed is printed, and `--preprocess`,
+`--config.model.shortcut` and `--config.model.channel_pad` set it. The last line printed is JSON:
+{"test_error": fraction, "test_loss": nats per example, "examples": count}.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from flax_resnet.step import TrainState, init
 from flax_resnet.training.evaluation import make_evaluate, make_evaluate_by_batch_statistics
 from flax_resnet.training.workdir import open_run, read_config
 from flax_resnet.weights import files
-from flax_resnet.weights.layouts import USUAL_PREPROCESS
+from flax_resnet.weights.infer import USUAL_PREPROCESS
 from flax_resnet.weights.state_dict import Imported, from_state_dict
 
 CHECKPOINT = flags.DEFINE_string(
@@ -94,8 +94,8 @@ def read_torch(path: Path) -> Subject:
         channel_pad=told.get("model.channel_pad"),
         depth=told.get("model.depth"),
     )
-    for choice in imported.choices:
-        print(f"assumed: {choice}")
+    for assumption in imported.assumed:
+        print(f"assumed: {assumption}")
     usual = DataConfig(preprocess=USUAL_PREPROCESS[imported.layout])
     model = dataclasses.replace(imported.config)
     config = with_preprocess(cli.override(Experiment(model=model, data=usual)))

@@ -28,7 +28,9 @@ from torch_ref.compare.trace_report import write_report
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "our weights: a run or a PyTorch file")
 STATE_DICT = flags.DEFINE_string("state_dict", None, "their weights, a PyTorch file")
-SHORTCUT = flags.DEFINE_enum_class("shortcut", None, Shortcut, "where no key of a file tells")
+SHORTCUT = flags.DEFINE_enum_class(
+    "shortcut", None, Shortcut, "of a file whose keys do not show it"
+)
 CHANNEL_PAD = flags.DEFINE_enum_class("channel_pad", None, ChannelPad, "likewise, for option A")
 OUT = flags.DEFINE_string("out", "parity_report", "folder of the picture and the page")
 IMAGES = flags.DEFINE_integer("images", 8, "random images in the batch", lower_bound=2)
@@ -65,8 +67,8 @@ def load(source: str) -> Weights:
     imported = from_state_dict(
         files.read(path).state_dict, shortcut=SHORTCUT.value, channel_pad=CHANNEL_PAD.value
     )
-    for choice in imported.choices:
-        print(f"{path}: {choice}")
+    for assumption in imported.assumed:
+        print(f"{path}: assumed: {assumption}")
     return Weights(imported.config, imported.params, imported.batch_stats)
 
 

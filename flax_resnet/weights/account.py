@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from flax_resnet.config import ChannelPad, Experiment, ResNetConfig, Shortcut
 from flax_resnet.weights.layouts import Layout, StateDict, to_key
-from flax_resnet.weights.state_dict import COUNTER, UNUSED, Imported, flax_leaves
+from flax_resnet.weights.state_dict import COUNTER, UNUSED, Imported
+from flax_resnet.weights.trees import flax_leaves
 
 Shape = tuple[int, ...]
 KeyRow = tuple[str, Shape, str, Shape]  # from where, of what shape; to where, of what shape
@@ -17,13 +18,13 @@ def of_reading(imported: Imported, ignored: list[str]) -> str:
         ignored: what the file holds beside the state dict.
     """
     leaves = leaves_of(imported)
-    rows = [(row.key, row.shape, *leaves.get(row.name, (row.name, ()))) for row in imported.rows]
-    unused = [row.key for row in imported.rows if row.name == UNUSED] + ignored
+    rows = [(key, shape, *leaves.get(name, (name, ()))) for key, name, shape in imported.placements]
+    unused = [key for key, name, _ in imported.placements if name == UNUSED] + ignored
     return "\n".join(
         [
             table(rows),
             f"unused: {', '.join(unused) or 'nothing'}",
-            *(f"assumed: {choice}" for choice in imported.choices),
+            *(f"assumed: {assumption}" for assumption in imported.assumed),
             f"network: {describe(imported.config)}",
         ]
     )
@@ -32,8 +33,8 @@ def of_reading(imported: Imported, ignored: list[str]) -> str:
 def of_writing(imported: Imported, state_dict: StateDict, layout: Layout) -> str:
     """From where it was in Flax to each key of the state dict that is written."""
     config = imported.config
-    n = config.blocks_per_stage
-    origins = {to_key(name, layout, n): leaf for name, leaf in leaves_of(imported).items()}
+    blocks = config.architecture.blocks
+    origins = {to_key(name, layout, blocks): leaf for name, leaf in leaves_of(imported).items()}
     rows = []
     for key, array in state_dict.items():
         other = COUNTER if key.endswith("num_batches_tracked") else UNUSED

@@ -20,7 +20,7 @@ from flax_resnet.config import ChannelPad, Shortcut
 from flax_resnet.errors import WeightsError
 from flax_resnet.resnet import ResNet, split
 from flax_resnet.weights.layouts import Layout, StateDict, listed
-from flax_resnet.weights.state_dict import config_of, from_state_dict, to_state_dict
+from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ def from_torch(
     imported = from_state_dict(
         contents.state_dict, shortcut=shortcut, channel_pad=channel_pad, depth=depth
     )
-    for choice in imported.choices:
-        log.warning("assumed: %s", choice)
+    for assumption in imported.assumed:
+        log.warning("assumed: %s", assumption)
     return imported.model()
 
 
@@ -73,7 +73,7 @@ def to_torch(model: ResNet, *, layout: Layout = Layout.TWIN, step: int = 0) -> d
         WeightsError: no network of that layout is like the model, or torch is not installed.
     """
     _, params, batch_stats = split(model)
-    arrays = to_state_dict(config_of(model), params, batch_stats, step=step, layout=layout)
+    arrays = to_state_dict(model.architecture, params, batch_stats, step=step, layout=layout)
     return tensors(arrays)
 
 

@@ -5,7 +5,6 @@ was trained, what it comes to, how its parity with PyTorch was checked, and the 
 tensors' file, without which nothing is loaded.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -25,7 +24,6 @@ from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 
 FORMAT = "flax-resnet weights, version 1"
 ENVIRONMENT = "FLAX_RESNET_WEIGHTS"
-TOLD = ("depth", "shortcut", "channel_pad", "projection", "stem", "conv_bias", "num_classes")
 
 
 class Card(NamedTuple):
@@ -66,11 +64,9 @@ def load_pretrained(
         channel_pad=model.channel_pad,
         depth=model.depth,
     )
-    found = imported.config
-    if any(getattr(found, name) != getattr(model, name) for name in TOLD):
+    if imported.config.architecture != model.architecture:
         raise WeightsError(f"{path} holds another network than its card says")
-    untold = {name: getattr(model, name) for name in ("projection_init", "dtype")}
-    return imported._replace(config=dataclasses.replace(found, **untold)).model()
+    return imported._replace(config=model.block_by_block()).model()
 
 
 def read_card(path: Path) -> Card:
@@ -140,7 +136,7 @@ def write(
     """
     if path.suffix != ".safetensors":
         raise ConfigError(f"OUT must end in .safetensors, got {path}")
-    state_dict = to_state_dict(config.model, params, batch_stats, step=step)
+    state_dict = to_state_dict(config.model.architecture, params, batch_stats, step=step)
     files.write(path, state_dict, Layout.TWIN)
     tree = {
         "format": FORMAT,

@@ -13,7 +13,7 @@ from flax_resnet.errors import WeightsError
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import abstract
 from flax_resnet.weights import files
-from flax_resnet.weights.layouts import Layout, StateDict, to_name
+from flax_resnet.weights.layouts import Layout, StateDict, by_name
 from flax_resnet.weights.state_dict import Imported
 from torch_ref.resnet import ResNet
 
@@ -34,7 +34,7 @@ def logit_differences(
         WeightsError: further apart than rounding explains.
     """
     image = np.random.default_rng(0).normal(size=(NUM_IMAGES, 32, 32, 3))
-    named = {to_name(key, layout, state_dict): array for key, array in state_dict.items()}
+    named = {name: state_dict[key] for name, key in by_name(state_dict, layout).items()}
     found = {}
     for dtype in LIMIT:
         config = dataclasses.replace(imported.config, dtype=dtype)

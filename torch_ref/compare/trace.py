@@ -18,7 +18,8 @@ from flax_resnet.config import DType, ResNetConfig
 from flax_resnet.errors import WeightsError
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet, abstract
-from flax_resnet.weights.state_dict import to_state_dict, tree_to_torch
+from flax_resnet.weights.state_dict import to_state_dict
+from flax_resnet.weights.trees import tree_to_torch
 from torch_ref.resnet import ResNet as TorchResNet
 
 ROUNDING = 1e-9  # float64: a ten-thousandth of one BatchNorm scale already gives 1.7e-5
@@ -114,7 +115,7 @@ def torch_trace(weights: Weights, dtype: DType, image: np.ndarray, label: np.nda
     """Arrays come back as ours are: (b, h, w, c)."""
     config = dataclasses.replace(weights.config, dtype=dtype)
     twin = TorchResNet(config)
-    state = to_state_dict(config, weights.params, weights.batch_stats)
+    state = to_state_dict(config.architecture, weights.params, weights.batch_stats)
     twin.load_state_dict({key: torch.from_numpy(array) for key, array in state.items()})
     x = torch.from_numpy(image.transpose(0, 3, 1, 2).copy()).to(twin.fc.weight.dtype)
     outputs: dict[str, torch.Tensor] = {}

@@ -1,0 +1,208 @@
+"""Claim: a layout gives every tensor of every network a key of its own, and finds it again by that.
+
+A table could do so and still be wrong: some keys of each layout are spelled out here by hand, and
+test_published_weights reads files that others wrote. A key that no table has is refused by name.
+"""
+
+import functools
+import itertools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from flax_resnet.config import ResNetConfig, Shortcut
+from flax_resnet.errors import WeightsError
+from flax_resnet.resnet import abstract
+from flax_resnet.weights.layouts import Layout, by_name, recognize, to_key, to_name
+from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
+from flax_resnet.weights.trees import counters, torch_shapes
+
+FAMILIES = ("paper", "tanjeffreyz")  # akamaster's modules are those of the paper
+CASES = [
+    pytest.param(layout, family, shortcut, id=f"{layout.value}-{family}-{shortcut.value}")
+    for layout, family, shortcut in itertools.product(Layout, FAMILIES, Shortcut)
+    if layout is not Layout.TANJEFFREYZ or family == "tanjeffreyz"
+]
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+@functools.cache
+def names_of(family: str, shortcut: Shortcut, depth: int) -> list[str]:
+    """Of every tensor, as the networks themselves have them."""
+    _, params, batch_stats = abstract(getattr(ResNetConfig, family)(depth, shortcut))
+    names = torch_shapes(params) | torch_shapes(batch_stats)
+    return [*names, *counters(names)]
+
+
+def imagenet_names(blocks: tuple[int, ...], layers: int) -> list[str]:
+    """Of networks that this library has not: 4 stages, and blocks of 3 layers (bottlenecks)."""
+    names = ["conv1.weight", "fc.weight", "fc.bias"]
+    for s, n in enumerate(blocks):
+        for b, layer in itertools.product(range(n), range(1, layers + 1)):
+            names.append(f"stages.{s}.{b}.conv{layer}.weight")
+            names += [f"stages.{s}.{b}.bn{layer}.{leaf}" for leaf in NORM]
+        names.append(f"stages.{s}.0.shortcut.conv.weight")
+    return names
+
+
+def assert_one_to_one(names: list[str], layout: Layout, blocks: tuple[int, ...]) -> None:
+    keys = [to_key(name, layout, blocks) for name in names]
+    assert len(set(keys)) == len(set(names)) == len(names)
+    assert [to_name(key, layout, blocks) for key in keys] == names
+    assert [to_key(name, layout, blocks) for name in map_back(keys, layout, blocks)] == keys
+    # DataParallel's prefix may be before any key, or have been cut off.
+    bare = [key.removeprefix("module.") for key in keys]
+    assert map_back(bare, layout, blocks) == names
+    assert map_back([f"module.{key}" for key in bare], layout, blocks) == names
+
+
+def map_back(keys: list[str], layout: Layout, blocks: tuple[int, ...]) -> list[str]:
+    return [to_name(key, layout, blocks) or "" for key in keys]
+
+
+@pytest.mark.parametrize(("layout", "family", "shortcut"), CASES)
+def test_to_the_key_and_back(layout: Layout, family: str, shortcut: Shortcut) -> None:
+    for depth in (8, 20):
+        names = names_of(family, shortcut, depth)
+        n = (depth - 2) // 6
+        assert_one_to_one(names, layout, (n, n, n))
+        # The keys alone tell the layout, and how many blocks there are.
+        state = {to_key(name, layout, (n, n, n)): np.zeros(1) for name in names}
+        assert recognize(state) is layout
+        assert by_name(state, layout) == dict(zip(names, state, strict=True))
+
+
+@pytest.mark.parametrize("layout", Layout, ids=lambda x: x.value)
+@pytest.mark.parametrize("blocks", [(18, 18, 18), (2, 2, 2, 2), (3, 4, 23, 3)], ids=str)
+def test_other_numbers_of_blocks(layout: Layout, blocks: tuple[int, ...]) -> None:
+    layers = 2 if layout is Layout.TANJEFFREYZ else 3
+    assert_one_to_one(imagenet_names(blocks, layers), layout, blocks)
+
+
+BY_HAND = {
+    Layout.TWIN: {
+        "conv1.weight": "conv1.weight",
+        "stages.2.1.bn1.running_var": "stages.2.1.bn1.running_var",
+        "fc.bias": "fc.bias",
+    },
+    Layout.TORCHVISION: {
+        "bn1.running_mean": "bn1.running_mean",
+        "stages.0.0.conv1.weight": "layer1.0.conv1.weight",
+        "stages.2.1.bn2.num_batches_tracked": "layer3.1.bn2.num_batches_tracked",
+        "stages.1.0.shortcut.conv.weight": "layer2.0.downsample.0.weight",
+        "stages.1.0.shortcut.bn.bias": "layer2.0.downsample.1.bias",
+        "fc.bias": "fc.bias",
+    },
+    Layout.AKAMASTER: {
+        "conv1.weight": "module.conv1.weight",
+        "stages.0.2.conv2.weight": "module.layer1.2.conv2.weight",
+        "stages.2.0.shortcut.conv.weight": "module.layer3.0.shortcut.0.weight",
+        "stages.2.0.shortcut.bn.weight": "module.layer3.0.shortcut.1.weight",
+        "fc.weight": "module.linear.weight",
+    },
+    Layout.TANJEFFREYZ: {  # of depth 20: blocks 1 to 9
+        "conv1.bias": "model.0.bias",
+        "stages.0.0.conv1.weight": "model.1.model.0.weight",
+        "stages.0.2.bn1.weight": "model.3.model.1.weight",
+        "stages.1.0.conv2.bias": "model.4.model.3.bias",
+        "stages.2.2.bn2.running_mean": "model.9.model.4.running_mean",
+        "stages.2.0.shortcut.conv.weight": "model.7.conv_downsample.weight",
+        "fc.weight": "model.10.model.2.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("layout", Layout, ids=lambda x: x.value)
+def test_keys_by_hand(layout: Layout) -> None:
+    found = {name: to_key(name, layout, (3, 3, 3)) for name in BY_HAND[layout]}
+    assert found == BY_HAND[layout]
+
+
+@pytest.mark.parametrize("name", ["bn1.weight", "stages.1.0.shortcut.bn.bias", "fc2.weight", "fc"])
+def test_a_name_that_the_layout_has_not(name: str) -> None:
+    with pytest.raises(WeightsError, match=f"the tanjeffreyz layout has no key for {name}$"):
+        to_key(name, Layout.TANJEFFREYZ, (3, 3, 3))
+
+
+NO_NAME = {
+    Layout.TWIN: [
+        "stage.0.0.conv1.weight",
+        "stages.0.0.shortcut.weight",
+        "stages.0.0.conv.weight",
+        "module.module.fc.weight",
+    ],
+    Layout.TORCHVISION: [
+        "layer0.0.conv1.weight",  # would be stage -1
+        "layer01.0.conv1.weight",
+        "layer1.00.conv1.weight",
+        "layer1.0.conv01.weight",
+        "layer1.1\u0662.conv1.weight",  # an Arabic 2
+        "layer1.99999999.conv1.weight",
+        "layer2.0.downsample.2.weight",
+        "layer2.0.shortcut.0.weight",
+        "stages.0.0.conv1.weight",
+        "conv1.0.weight",
+        "fc.weight.extra",
+        "weight",
+        "",
+    ],
+    Layout.AKAMASTER: ["fc.weight", "module.fc.weight", "layer1.0.downsample.0.weight"],
+    Layout.TANJEFFREYZ: [
+        "model.0.model.0.weight",  # the stem is no block, nor is the classifier, which is 10
+        "model.10.model.0.weight",
+        "model.9.model.2.weight",
+        "model.11.model.2.weight",
+        "model.01.model.0.weight",
+        "model.1.model.5.weight",
+        "model.1.conv_upsample.weight",
+        "model.1.weight",
+        "bn1.weight",
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", Layout, ids=lambda x: x.value)
+def test_keys_that_no_name_has(layout: Layout) -> None:
+    for key in NO_NAME[layout]:
+        assert to_name(key, layout, (3, 3, 3)) is None, key
+
+
+@functools.cache
+def state_of(layout: Layout) -> dict[str, np.ndarray]:
+    """Of depth 8 and shortcut A."""
+    family = "tanjeffreyz" if layout is Layout.TANJEFFREYZ else "paper"
+    config = getattr(ResNetConfig, family)(8, Shortcut.A)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(config)[1:])
+    return to_state_dict(config.architecture, *zeros, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [
+        (Layout.TWIN, "stage.0.0.conv1.weight"),
+        (Layout.TWIN, "stages.3.0.bn1.weight"),
+        (Layout.TORCHVISION, "layer1.0.conv01.weight"),
+        (Layout.TORCHVISION, "layer4.0.conv1.weight"),
+        (Layout.TORCHVISION, "layer1.0.conv3.weight"),
+        (Layout.AKAMASTER, "fc.weight"),
+        (Layout.AKAMASTER, "layer2.0.shortcut.0.weight"),
+        (Layout.TANJEFFREYZ, "model.2.model.2.weight"),
+        (Layout.TANJEFFREYZ, "bn1.weight"),
+    ],
+)
+def test_an_unknown_key_is_refused_by_name(layout: Layout, key: str) -> None:
+    state = state_of(layout) | {key: np.zeros((16, 16, 3, 3), np.float32)}
+    with pytest.raises(WeightsError, match=rf"unknown key {re.escape(key)}$"):
+        from_state_dict(state, shortcut=Shortcut.A)
+
+
+def test_a_block_too_many_in_one_list() -> None:
+    """The blocks are numbered through, so that the classifier's number has moved too."""
+    state = dict(state_of(Layout.TANJEFFREYZ))
+    for leaf in ("weight", "bias"):
+        state[f"model.5.model.2.{leaf}"] = state.pop(f"model.4.model.2.{leaf}")
+    state["model.4.model.0.weight"] = np.zeros((64, 64, 3, 3), np.float32)
+    with pytest.raises(WeightsError, match=r"unknown key model\.4\.model\.0\.weight$"):
+        from_state_dict(state, shortcut=Shortcut.A)
