@@ -14,12 +14,12 @@ import pytest
 import safetensors.numpy
 
 import flax_resnet
-from flax_resnet.config import Dataset, Experiment, ResNetConfig, Shortcut
+from flax_resnet.config import Dataset, Experiment, ResNetConfig, Shortcut, Stem
 from flax_resnet.data import digits
-from flax_resnet.data.pixels import make_normalization
+from flax_resnet.data.pixels import Normalization, make_normalization
 from flax_resnet.errors import WeightsError
 from flax_resnet.json_files import write_json
-from flax_resnet.resnet import split
+from flax_resnet.resnet import abstract, split
 from flax_resnet.step import init
 from flax_resnet.training.checkpoint import Checkpoints
 from flax_resnet.weights import pretrained
@@ -127,6 +127,18 @@ def test_a_card_of_another_network_is_refused(copy: Path) -> None:
     card.write_text(json.dumps(tree))
     with pytest.raises(WeightsError, match="holds another network than its card says"):
         flax_resnet.load_pretrained(copy)
+
+
+def test_what_a_network_without_projections_does_not_show_is_no_other_network(
+    tmp_path: Path,
+) -> None:
+    """Of such a stem the projections would have a bias, did the card not say otherwise."""
+    config = Experiment(model=ResNetConfig.paper(8, Shortcut.A, stem=Stem.CONV))
+    trees = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(config.model)[1:])
+    constants = Normalization(1 / 255, None, np.ones(3))
+    path = tmp_path / "mixed.safetensors"
+    pretrained.write(path, config, *trees, constants, 0, {})
+    assert flax_resnet.load_pretrained(path).architecture == config.model.architecture
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "flax-resnet weights, version 2"}'])

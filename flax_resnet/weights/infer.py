@@ -40,13 +40,14 @@ def infer(
     *,
     shortcut: Shortcut | None = None,
     channel_pad: ChannelPad | None = None,
+    projection: Projection | None = None,
 ) -> Inferred:
     """The network of a state dict by name.
 
     Args:
         state: may lack arrays or have too many: what follows is to compare it with the network's.
         layout: the one it was read from, which settles what is usual.
-        shortcut, channel_pad: if known; else told by the names, or assumed.
+        shortcut, channel_pad, projection: if known; else told by the names, or assumed.
 
     Raises:
         WeightsError: it has no stem, no classifier or not three stages.
@@ -77,7 +78,7 @@ def infer(
         blocks=blocks,
         shortcut=shortcut,
         channel_pad=channel_pad,
-        projection=tell_projection(state),
+        projection=projection or tell_projection(state),
         conv_bias="conv1.bias" in state,
         num_classes=len(state["fc.weight"]),
     )

@@ -62,6 +62,7 @@ def load_pretrained(
         files.read(path).state_dict,
         shortcut=model.shortcut,
         channel_pad=model.channel_pad,
+        projection=model.projection,
         depth=model.depth,
     )
     if imported.config.architecture != model.architecture:

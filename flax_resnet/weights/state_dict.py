@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resnet.config import Architecture, ChannelPad, DType, ResNetConfig, Shortcut
+from flax_resnet.config import Architecture, ChannelPad, DType, Projection, ResNetConfig, Shortcut
 from flax_resnet.errors import WeightsError
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet, abstract
@@ -91,6 +91,7 @@ def from_state_dict(
     *,
     shortcut: Shortcut | None = None,
     channel_pad: ChannelPad | None = None,
+    projection: Projection | None = None,
     depth: int | None = None,
 ) -> Imported:
     """The Flax network of a PyTorch state dict, whose layout and options its keys tell.
@@ -104,6 +105,8 @@ def from_state_dict(
             tanjeffreyz's layout B too: without it A is taken, and `assumed` says so.
         channel_pad: where option A pads, which the keys do not show either. Without it the
             layout's usual place is taken, and `assumed` says so.
+        projection: what projections are made of, if that is known: the keys show it where there
+            are any. Without it a network that has none is of the family with such a stem.
         depth: what it must be, if that is known; the keys show what it is.
 
     Raises:
@@ -113,7 +116,9 @@ def from_state_dict(
     layout = recognize(state_dict)
     keys = by_name(state_dict, layout)
     state = {name: np.asarray(state_dict[key]) for name, key in keys.items()}
-    architecture, dtype, assumed = infer(state, layout, shortcut=shortcut, channel_pad=channel_pad)
+    architecture, dtype, assumed = infer(
+        state, layout, shortcut=shortcut, channel_pad=channel_pad, projection=projection
+    )
     config = ResNetConfig.of(architecture, dtype=dtype)
     network = f"a network of depth {config.depth} and shortcut {config.shortcut.value}"
     if depth is not None and depth != config.depth:
