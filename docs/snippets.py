@@ -8,7 +8,6 @@ cannot run here has a comment before it that says why: `<!-- skip: next "needs a
 """
 
 import contextlib
-import os
 import shutil
 import subprocess
 import tempfile
