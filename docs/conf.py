@@ -28,6 +28,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "flax-resnet"
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
 default_role = "code"  # a single backquote, in a docstring, is code
