@@ -19,7 +19,7 @@ from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 CHECKOUT = Path(__file__).parents[1]
-SECONDS = 120  # for one block
+SECONDS = 900  # for one block: far more than any takes, so that none hangs for ever
 open_pages: dict[int, contextlib.ExitStack] = {}  # by the identity of their variables
 
 
