@@ -261,24 +261,31 @@ def degradation() -> Figure:
 
 
 def rooms() -> Figure:
-    """The rooms of the library; imports point downwards only."""
-    figure, (ax,) = canvas(8.6, 4.4)
+    """The rooms of the library, by the floors that parity_tests/test_imports.py holds."""
     floors = [
-        (4.0, [(1.7, "scripts"), (4.3, "cli"), (6.9, "torch_ref")]),
-        (3.4, [(4.3, "studies")]),
-        (2.8, [(4.3, "training")]),
-        (2.2, [(3.0, "step"), (5.6, "weights")]),
-        (1.6, [(3.0, "resnet"), (5.6, "optim")]),
-        (1.0, [(1.7, "nn"), (4.3, "data"), (6.9, "parallel")]),
-        (0.4, [(3.0, "config"), (5.6, "errors")]),
+        ["errors", "shipped"],
+        ["config", "json_files"],
+        ["nn", "data"],
+        ["parallel"],
+        ["resnet", "optim"],
+        ["step", "weights"],
+        ["training"],
+        ["studies"],
+        ["cli", "help"],
+        ["scripts", "torch_ref"],
     ]
     science = {"resnet", "optim", "step", "torch_ref"}
-    for y, floor in floors:
-        ax.plot([0.2, 8.4], [y - 0.3, y - 0.3], color="0.85", lw=1)
-        for x, name in floor:
+    height = 0.5
+    figure, (ax,) = canvas(8.6, height * len(floors) + 0.1)
+    for level, floor in enumerate(floors):
+        y = height * (level + 0.6)
+        ax.plot([0.2, 8.4], [y - height / 2, y - height / 2], color="0.85", lw=1)
+        for i, name in enumerate(floor):
+            x = 4.3 + 2.6 * (i - (len(floor) - 1) / 2)
             box(ax, x, y, name, WEIGHTS if name in science else NO_WEIGHTS)
-    path(ax, (8.2, 3.95), (8.2, 0.45))
-    ax.text(8.1, 2.2, "may import", rotation=90, va="center", ha="right")
+    path(ax, (8.2, height * (len(floors) - 0.4)), (8.2, height * 0.6))
+    ax.text(8.1, height * len(floors) / 2, "may import", rotation=90, va="center", ha="right")
+    ax.text(0.25, 0.3, "blue: read these first", va="center", fontsize=9)
     return figure
 
 

@@ -8,6 +8,7 @@ cannot run here has a comment before it that says why: `<!-- skip: next "needs a
 """
 
 import contextlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -21,6 +22,14 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 CHECKOUT = Path(__file__).parents[1]
 SECONDS = 900  # for one block: far more than any takes, so that none hangs for ever
 open_pages: dict[int, contextlib.ExitStack] = {}  # by the identity of their variables
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives all pages one new cache of compiled programs, in the worker processes too."""
+    if not hasattr(config, "workerinput"):
+        cache = tempfile.TemporaryDirectory(prefix="flax-resnet-docs-cache-")
+        os.environ["XDG_CACHE_HOME"] = cache.name
+        config.add_cleanup(cache.cleanup)
 
 
 def enter_page(variables: dict[str, Any]) -> None:
@@ -42,7 +51,6 @@ def enter_page(variables: dict[str, Any]) -> None:
     environment = pytest.MonkeyPatch()
     page.callback(environment.undo)
     environment.setenv("PYTHONPATH", str(copy))
-    environment.setenv("XDG_CACHE_HOME", str(directory / "cache"))
     page.enter_context(contextlib.chdir(copy))
 
 
