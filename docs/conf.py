@@ -65,6 +65,11 @@ def write_page(directory: Path, package: ModuleType, modules: list[str]) -> str:
     """Writes a package's page and returns its name."""
     summary = " ".join((package.__doc__ or "").split())
     sections = [f"# {package.__name__}\n\n{summary}\n"]
+    public = [getattr(package, name) for name in getattr(package, "__all__", [])]
+    if public:
+        links = ", ".join(f":py:obj:`{x.__name__} <{x.__module__}.{x.__name__}>`" for x in public)
+        text = f"The package itself gives these names: {links}."
+        sections.append(f"```{{eval-rst}}\n{text}\n```\n")
     for name in modules:
         read_comments(name)
         sections.append(f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n")
