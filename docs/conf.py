@@ -51,11 +51,15 @@ def write_api(directory: Path) -> None:
     for package_name in ("flax_resnet", "torch_ref"):
         package = importlib.import_module(package_name)
         found = list(pkgutil.iter_modules(package.__path__, f"{package_name}."))
-        pages.append(write_page(directory, package, [m.name for m in found if not m.ispkg]))
+        modules = [m.name for m in found if not m.ispkg and not m.name.endswith(".__main__")]
+        pages.append(write_page(directory, package, modules))
         for room_name in (m.name for m in found if m.ispkg):
             room = importlib.import_module(room_name)
-            modules = pkgutil.iter_modules(room.__path__, f"{room_name}.")
-            pages.append(write_page(directory, room, [m.name for m in modules]))
+            modules = [m.name for m in pkgutil.iter_modules(room.__path__, f"{room_name}.")]
+            pages.append(write_page(directory, room, modules))
+    for old in directory.glob("*.md"):
+        if old.stem not in (*pages, "index"):
+            old.unlink()
     toctree = "\n".join(pages)
     text = f"# API reference\n\n```{{toctree}}\n:maxdepth: 2\n\n{toctree}\n```\n"
     write(directory / "index.md", text)
