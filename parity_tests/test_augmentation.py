@@ -275,11 +275,11 @@ def test_a_draw_is_a_pure_function_of_seed_and_step() -> None:
     def draw(seed: int, step: int) -> bytes:
         return b"".join(x.tobytes() for x in order.draw(CONFIG, seed, step, 128, 1000))
 
-    order = [(seed, step) for seed in range(5) for step in range(20)]
-    first = {at: draw(*at) for at in order}
+    pairs = [(seed, step) for seed in range(5) for step in range(20)]
+    first = {at: draw(*at) for at in pairs}
     order.permutation.cache_clear()
-    np.random.default_rng(1).shuffle(order)
-    assert {at: draw(*at) for at in order} == first
+    np.random.default_rng(1).shuffle(pairs)
+    assert {at: draw(*at) for at in pairs} == first
     assert len(set(first.values())) == len(first)  # different seeds and steps differ
 
 
