@@ -137,10 +137,10 @@ def test_it_trains_a_config_by_name(installed: Installed) -> None:
 
 
 def test_an_experiment_starts_its_workers(installed: Installed) -> None:
-    settings = ["--networks=A-8", "--steps=2", "--config.data.name=digits"]
+    settings = ["--networks=A-8", "--steps=4", "--config.data.name=digits"]
     sizes = ["--config.train.batch_size=8", "--config.train.eval_batch_size=360"]
     installed.output("flax-resnet", "reproduce", "tanjeffreyz", *settings, *sizes)
-    out = installed.home / "results/tanjeffreyz-2"
+    out = installed.home / "results/tanjeffreyz-4"
     assert (out / "A-8-s0/summary.json").is_file()
     assert "flax-resnet reproduce tanjeffreyz --networks=A-8" in (out / "README.md").read_text()
 
