@@ -27,7 +27,7 @@ from flax_resnet.parallel import sharding
 from flax_resnet.resnet import param_dtype
 from flax_resnet.step import TrainState, init
 from flax_resnet.training.evaluation import make_evaluate, make_evaluate_by_batch_statistics
-from flax_resnet.training.workdir import open_run, read_config
+from flax_resnet.training.workdir import open_run, read_config, read_data_facts
 from flax_resnet.weights import files
 from flax_resnet.weights.infer import USUAL_PREPROCESS
 from flax_resnet.weights.state_dict import Imported, from_state_dict
@@ -79,8 +79,12 @@ def read_run(path: Path) -> Subject:
             f"{run.directory} says itself what its network is; --config.model takes dtype, "
             "scan_blocks and remat of a run, nothing else"
         )
-    told = config.data.preprocess is not run.config.data.preprocess
-    constants = source.normalization(config.data) if told else run.data_facts().normalization
+    kept = read_data_facts(run.directory)
+    # Also where a run kept nothing, such as a converted one: of the data that the flags name.
+    if kept is None or config.data.preprocess is not run.config.data.preprocess:
+        constants = source.normalization(config.data)
+    else:
+        constants = kept.normalization
     title = f"{run.directory}, step {run.step}"
     return Subject(config, *arrays(config, run.state), constants, title)
 
