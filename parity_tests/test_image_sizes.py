@@ -120,23 +120,18 @@ def values_of_32x32(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "mutate",
-    [
-        head_of_8x8,
-        *(pytest.param(m, marks=pytest.mark.slow) for m in (even_sizes, values_of_32x32)),
-    ],
-    ids=lambda mutate: mutate.__name__,
-)
+MUTANTS = [head_of_8x8, even_sizes, values_of_32x32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_a_mutant_differs(mutate: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)
     assert max(differences(8, Shortcut.A, (33, 29)).values()) > 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mutate", [head_of_8x8, even_sizes, values_of_32x32], ids=lambda mutate: mutate.__name__
-)
+@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_a_mutant_is_right_at_32x32(mutate: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)
     assert max(differences(8, Shortcut.A, (32, 32)).values()) <= TOLERANCE

@@ -84,7 +84,7 @@ class BatchNorm(nnx.Module):
             return finish(ending)(x, self.mean[...], factor, self.bias[...], add)
         n = self._values_per_statistic(shape)
         parts = (self.replicas, -1, *shape[1:])
-        normalized: Any = normalize(
+        normalized: Any = batch_normalize(
             x.reshape(parts),
             self.scale[...],
             self.bias[...],
@@ -126,7 +126,7 @@ class Ending(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """Result of `normalize`."""
+    """Result of `batch_normalize`."""
 
     y: Parts
     mean: Statistic
@@ -134,7 +134,7 @@ class Normalized(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What `normalize` stores for its gradient."""
+    """What `batch_normalize` stores for its gradient."""
 
     x: Parts
     mean: Statistic
@@ -144,7 +144,7 @@ class Residuals(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def normalize(
+def batch_normalize(
     x: Parts,
     scale: PerChannel,
     bias: PerChannel,
@@ -198,7 +198,7 @@ def _backward(
     return dx, dscale, dbias, dadd if ending.has_add else None
 
 
-normalize.defvjp(_forward, _backward)
+batch_normalize.defvjp(_forward, _backward)
 
 
 @cache
