@@ -36,6 +36,13 @@ class Projection(enum.Enum):
     CONV_BIAS = "conv_bias"  # tanjeffreyz
 
 
+class Init(enum.Enum):
+    """How 3x3 convolutions and the classifier start."""
+
+    KAIMING = "kaiming"  # every kernel normal, of deviation sqrt(2 / fan in); every bias zero
+    TORCH = "torch"  # 3x3 kernels likewise, all else as PyTorch's layers start: tanjeffreyz
+
+
 class ProjectionInit(enum.Enum):
     """How a projection's kernel starts."""
 
@@ -116,6 +123,7 @@ class ResNetConfig:
     channel_pad: ChannelPad = ChannelPad.END
     projection: Projection = Projection.CONV_BN
     projection_init: ProjectionInit = ProjectionInit.KAIMING
+    init: Init = Init.KAIMING
     stem: Stem = Stem.CONV_BN_RELU
     conv_bias: bool = False
     num_classes: int = 10
@@ -140,6 +148,7 @@ class ResNetConfig:
             "conv_bias": True,
             "projection": Projection.CONV_BIAS,
             "projection_init": ProjectionInit.AVERAGE,
+            "init": Init.TORCH,
         }
         return cls(depth=depth, shortcut=shortcut, **(settings | overrides))
 

@@ -3,16 +3,19 @@
 Lay `torch_ref/resnet.py` beside it: the two differ in `nnx` against `nn`, and in NHWC against NCHW.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flax_resnet.config import (
     ChannelPad,
     DType,
+    Init,
     Projection,
     ProjectionInit,
     ResNetConfig,
@@ -25,6 +28,7 @@ from flax_resnet.nn.scan import Scan, Tree, rematerialized
 
 Layer = Callable[[Array], Array]
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")  # not truncated
+torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # +-1/sqrt(fan in)
 
 
 class ResNet(nnx.Module):
@@ -175,6 +179,7 @@ def conv3x3(
         padding=1,  # on both sides, like PyTorch: at stride 2 "SAME" pads (0, 1)
         use_bias=config.conv_bias,
         kernel_init=kaiming_normal,
+        bias_init=bias_init(config, 9 * c_in),
         conv_general_dilated=conv_general_dilated,
         dtype=compute_dtype(config),
         param_dtype=param_dtype(config),
@@ -190,11 +195,24 @@ def linear(config: ResNetConfig, c_in: int, c_out: int, *, rngs: nnx.Rngs) -> nn
     return nnx.Linear(
         c_in,
         c_out,
-        kernel_init=kaiming_normal,
+        kernel_init=torch_uniform if config.init is Init.TORCH else kaiming_normal,
+        bias_init=bias_init(config, c_in),
         dtype=param_dtype(config),  # the loss is never computed in bfloat16
         param_dtype=param_dtype(config),
         rngs=rngs,
     )
+
+
+def bias_init(config: ResNetConfig, fan_in: int) -> nnx.Initializer:
+    """Zero, or as PyTorch's layers do it: uniform between -+1/sqrt(fan in)."""
+    if config.init is Init.KAIMING:
+        return nnx.initializers.zeros_init()
+    bound = fan_in**-0.5
+
+    def uniform(key: Array, shape: Sequence[int], dtype: DTypeLike) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return uniform
 
 
 def compute_dtype(config: ResNetConfig) -> jnp.dtype:

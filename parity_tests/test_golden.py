@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import flax_resnet
-from flax_resnet.config import Experiment, Preprocess, ResNetConfig, Shortcut, Statistics
+from flax_resnet.config import Experiment, Init, Preprocess, ResNetConfig, Shortcut, Statistics
 from flax_resnet.data import digits, pixels
 from flax_resnet.studies import figures, tables
 from flax_resnet.studies.groups import group_runs
@@ -36,7 +36,8 @@ def test_old_names_of_settings_are_read() -> None:
     config = read_config(GOLDEN / "reference")
     assert config.batch_norm is Statistics.REPLICA
     assert config.data.preprocess is Preprocess.OWN_MEAN
-    assert config.model == ResNetConfig.tanjeffreyz(8, Shortcut.B)
+    # Version 0.1 started every bias at zero and the classifier as the convolutions.
+    assert config.model == ResNetConfig.tanjeffreyz(8, Shortcut.B, init=Init.KAIMING)
     assert Experiment.from_dict(config.to_dict()) == config
 
 

@@ -5,7 +5,6 @@ NHWC. Only the configuration is shared, so that a default has one home.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from flax_resnet.config import (
     ChannelPad,
     DType,
+    Init,
     Projection,
     ProjectionInit,
     ResNetConfig,
@@ -22,7 +22,6 @@ from flax_resnet.config import (
 )
 
 Layer = Callable[[Tensor], Tensor]
-Module = TypeVar("Module", nn.Conv2d, nn.Linear)
 
 
 class ResNet(nn.Module):
@@ -126,9 +125,9 @@ class Projection1x1(nn.Module):
         )
         if config.projection_init is ProjectionInit.AVERAGE:
             nn.init.constant_(self.conv.weight, 1 / c_in)
-            zero_bias(self.conv)
         else:
             kaiming_normal(self.conv)
+        zero_bias(self.conv)
         has_bn = config.projection is Projection.CONV_BN
         self.bn = batch_norm(config, c_out) if has_bn else None
 
@@ -152,17 +151,19 @@ def make_shortcut(config: ResNetConfig, c_in: int, c_out: int, stride: int) -> n
 
 
 def conv3x3(config: ResNetConfig, c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
-    return kaiming_normal(
-        nn.Conv2d(
-            c_in,
-            c_out,
-            3,
-            stride=stride,
-            padding=1,
-            bias=config.conv_bias,
-            dtype=param_dtype(config),
-        )
+    conv = nn.Conv2d(
+        c_in,
+        c_out,
+        3,
+        stride=stride,
+        padding=1,
+        bias=config.conv_bias,
+        dtype=param_dtype(config),
     )
+    kaiming_normal(conv)
+    if config.init is Init.KAIMING:
+        zero_bias(conv)
+    return conv
 
 
 def batch_norm(config: ResNetConfig, num_features: int) -> nn.BatchNorm2d:
@@ -170,14 +171,16 @@ def batch_norm(config: ResNetConfig, num_features: int) -> nn.BatchNorm2d:
 
 
 def linear(config: ResNetConfig, c_in: int, c_out: int) -> nn.Linear:
-    return kaiming_normal(nn.Linear(c_in, c_out, dtype=param_dtype(config)))
+    fc = nn.Linear(c_in, c_out, dtype=param_dtype(config))
+    if config.init is Init.KAIMING:
+        kaiming_normal(fc)
+        zero_bias(fc)
+    return fc
 
 
-def kaiming_normal(layer: Module) -> Module:
-    """Normal with deviation sqrt(2 / fan in), bias zero (He et al. 2015b)."""
+def kaiming_normal(layer: nn.Conv2d | nn.Linear) -> None:
+    """Kernel normal with deviation sqrt(2 / fan in) (He et al. 2015b)."""
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    zero_bias(layer)
-    return layer
 
 
 def zero_bias(layer: nn.Conv2d | nn.Linear) -> None:
