@@ -2,7 +2,9 @@
 
 Logits, every gradient and the running statistics after one step; each array's largest difference
 as a fraction of its own largest value: measured at most 2e-14 at depth 8, and 3e-13 at depth 20.
-Odd sizes, sizes that are odd after a halving, and sizes at which the last stage has one pixel.
+Odd sizes, sizes that are odd after a halving, and at depth 8 one at which the last stage has one
+pixel. (At depth 20 such a network amplifies a rounding error too much: PyTorch's gradients differ
+from PyTorch's own by 9e-12 when the image changes in its last bit, and from ours by 3e-12.)
 The mutants are right at 32x32, and 8e-5 off or more at 33x29.
 """
 
@@ -72,7 +74,8 @@ def differences(depth: int, shortcut: Shortcut, size: Size) -> dict[str, float]:
     return {name: relative(a[name], b[name]) for name in b}
 
 
-SIZES = [(33, 29), (16, 16), (40, 56), (4, 2)]
+SIZES = [(33, 29), (16, 16), (40, 56)]
+ONE_PIXEL = (4, 2)  # after two halvings
 
 
 @pytest.mark.parametrize(
@@ -81,9 +84,9 @@ SIZES = [(33, 29), (16, 16), (40, 56), (4, 2)]
         (8, Shortcut.B, (33, 29)),
         *(
             pytest.param(depth, shortcut, size, marks=pytest.mark.slow)
-            for depth in (8, 20)
+            for depth, sizes in ((8, [*SIZES, ONE_PIXEL]), (20, SIZES))
             for shortcut in Shortcut
-            for size in SIZES
+            for size in sizes
             if (depth, shortcut, size) != (8, Shortcut.B, (33, 29))
         ),
     ],
