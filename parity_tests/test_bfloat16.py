@@ -9,8 +9,9 @@ than 1.1 times as far, and the loss, one number of random sign, 1.5 times. A mut
 times as far in one of them. In float32 gradients and statistics are under a tenth as far, so that
 half of PyTorch's distance shows that it is bfloat16.
 
-One step, because further ones measure chaos: after five the parameters have gone astray by 0.40 of
-their way, PyTorch's by 0.38, and by 0.43 with the mutant that is twice as far off in one step.
+One step, because small differences grow with every further one and soon hide their cause: after
+five steps the parameters are off by 0.40 of the distance that they have moved, PyTorch's by 0.38,
+and by 0.43 with the mutant that after one step is twice as far off.
 """
 
 from collections.abc import Callable
