@@ -12,8 +12,8 @@ from flax_resnet.studies.groups import Group, group_runs
 from flax_resnet.studies.published import PUBLISHED, TANJEFFREYZ, read_published_curves
 from flax_resnet.studies.recipes import STUDIES, make_jobs
 from flax_resnet.studies.runs import find_runs
+from parity_tests.data_sets import need_metrics
 
-METRICS = Path(__file__).parent.parent.parent / "shared/reference/metrics"
 SEEDS = (0, 1, 2)
 NETWORKS = ("plain-20", "A-20", "plain-56", "A-56")
 ERRORS = {  # in %, by network and seed; the best is not the last
@@ -161,9 +161,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         find_runs([tmp_path])
 
 
-@pytest.mark.skipif(not METRICS.is_dir(), reason=f"tanjeffreyz's metrics are not at {METRICS}")
 def test_tanjeffreyzs_numbers_are_its_last_epochs() -> None:
-    curves = read_published_curves(METRICS)
+    curves = read_published_curves(need_metrics())
     last = {name: sorted(round(x[1, -1], 2) for x in found) for name, found in curves.items()}
     published = PUBLISHED[TANJEFFREYZ]
     assert {name: sorted(x) for name, x in published.items()} == last
