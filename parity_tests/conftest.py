@@ -4,13 +4,43 @@ import logging
 import os
 import tempfile
 
-import jax
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads spin while they wait for JAX's
-CACHE = tempfile.TemporaryDirectory(prefix="flax-resnet-test-")  # removed when the tests end
-os.environ["XDG_CACHE_HOME"] = CACHE.name
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker uses what its parent made
+    CACHE = tempfile.TemporaryDirectory(prefix="flax-resnet-test-")  # removed when the tests end
+    os.environ["XDG_CACHE_HOME"] = CACHE.name
+    # What one process of the tests compiles, the others read. Without it each of them would spend
+    # 9 seconds on the first weights of a network.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(CACHE.name, "flax-resnet", "jax")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax  # after the lines above: it reads the environment
 
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # as in `cli.run`
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for the tests of data parallelism
+
+MOST_WORKERS = 4  # each takes some 3 GB
+
+
+def cores() -> int:
+    """That this process may use."""
+    is_told = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes share the tests.
+
+    None but this one with -s or --trace, since a debugger needs the terminal (--pdb: xdist sees to
+    it), and none where a single file is asked for, since a file is never shared.
+    """
+    files = {argument.partition("::")[0] for argument in config.args}
+    is_one_file = len(files) == 1 and files.pop().endswith(".py")
+    if is_one_file or config.option.capture == "no" or config.option.trace:
+        return 0
+    return min(cores(), MOST_WORKERS)
