@@ -69,16 +69,29 @@ def differences(config: ResNetConfig) -> list[float]:
     return list(map(relative, ours, expected))
 
 
-@pytest.mark.parametrize("shortcut", Shortcut, ids=lambda shortcut: shortcut.value)
+QUICK_110 = (Shortcut.PLAIN, Shortcut.A)
+
+
 @pytest.mark.parametrize(
-    ("family", "depth"),
+    ("family", "depth", "shortcut"),
     [
-        (ResNetConfig.paper, 20),
-        (ResNetConfig.tanjeffreyz, 20),
-        (ResNetConfig.paper, 56),
-        (ResNetConfig.paper, 110),
+        pytest.param(
+            family,
+            depth,
+            shortcut,
+            id=f"{family.__name__}-{depth}-{shortcut.value}",
+            marks=(
+                () if depth == 20 or (depth == 110 and shortcut in QUICK_110) else pytest.mark.slow
+            ),
+        )
+        for family, depth in (
+            (ResNetConfig.paper, 20),
+            (ResNetConfig.tanjeffreyz, 20),
+            (ResNetConfig.paper, 56),
+            (ResNetConfig.paper, 110),
+        )
+        for shortcut in Shortcut
     ],
-    ids=["paper-20", "tanjeffreyz-20", "paper-56", "paper-110"],
 )
 def test_every_block_is_pytorchs_in_float64(
     family: Callable, depth: int, shortcut: Shortcut
@@ -113,8 +126,10 @@ def distances(config: ResNetConfig) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("depth", "shortcut"),
-    [(20, Shortcut.C), (56, Shortcut.A)],
-    ids=["20-C", "56-A"],
+    [
+        pytest.param(20, Shortcut.C, id="20-C"),
+        pytest.param(56, Shortcut.A, id="56-A", marks=pytest.mark.slow),
+    ],
 )
 def test_float32_is_as_near_the_truth_as_pytorchs(depth: int, shortcut: Shortcut) -> None:
     ratio = distances(ResNetConfig.paper(depth, shortcut))

@@ -20,6 +20,7 @@ from flax_resnet.weights.trees import tree_to_torch
 
 BATCH = 16
 TOLERANCE = 1e-12
+QUICK = [(1, Parallel.PMAP), (2, Parallel.JIT), (8, Parallel.JIT), (8, Parallel.PMAP)]
 
 
 def experiment(parallel: Parallel, batch_norm: Statistics) -> Experiment:
@@ -67,8 +68,20 @@ def one_device() -> tuple[TrainState, list[Metrics]]:
     return run(experiment(Parallel.JIT, Statistics.GLOBAL), 1)
 
 
-@pytest.mark.parametrize("parallel", Parallel, ids=lambda p: p.value)
-@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("num_devices", "parallel"),
+    [
+        # On one device jit is the very run that all are compared with: 1e-12 says it is repeatable.
+        pytest.param(
+            num_devices,
+            parallel,
+            id=f"{num_devices}-{parallel.value}",
+            marks=() if (num_devices, parallel) in QUICK else pytest.mark.slow,
+        )
+        for num_devices in (1, 2, 4, 8)
+        for parallel in Parallel
+    ],
+)
 def test_global_statistics_on_many_devices_are_those_of_one(
     num_devices: int, parallel: Parallel, one_device: tuple[TrainState, list[Metrics]]
 ) -> None:
@@ -80,7 +93,7 @@ def test_global_statistics_on_many_devices_are_those_of_one(
         np.testing.assert_allclose(ours.loss, theirs.loss, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("num_devices", [2, 8])
+@pytest.mark.parametrize("num_devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_replica_statistics_are_the_same_under_jit_and_pmap(num_devices: int) -> None:
     ours, _ = run(experiment(Parallel.PMAP, Statistics.REPLICA), num_devices)
     theirs, _ = run(experiment(Parallel.JIT, Statistics.REPLICA), num_devices)

@@ -32,7 +32,7 @@ def formula(config: ResNetConfig) -> int:
 
 @pytest.mark.parametrize("shortcut", Shortcut, ids=lambda s: s.value)
 @pytest.mark.parametrize("family", ["paper", "tanjeffreyz", "akamaster"])
-@pytest.mark.parametrize("depth", [8, 20, 110])
+@pytest.mark.parametrize("depth", [8, 20, pytest.param(110, marks=pytest.mark.slow)])
 def test_the_number_of_parameters_follows_the_formula(
     depth: int, family: str, shortcut: Shortcut
 ) -> None:
@@ -42,14 +42,27 @@ def test_the_number_of_parameters_follows_the_formula(
 
 @pytest.mark.parametrize(
     ("depth", "millions"),
-    [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7"), (1202, "19.4")],
+    [
+        (20, "0.27"),
+        (32, "0.46"),
+        (44, "0.66"),
+        (56, "0.85"),
+        (110, "1.7"),
+        pytest.param(1202, "19.4", marks=pytest.mark.slow),
+    ],
 )
 def test_the_number_of_parameters_is_the_papers(depth: int, millions: str) -> None:
     digits = len(millions.partition(".")[2])
-    assert f"{count(ResNetConfig.paper(depth)) / 1e6:.{digits}f}" == millions
+    config = ResNetConfig.paper(depth)
+    assert count(config) == formula(config)
+    assert f"{count(config) / 1e6:.{digits}f}" == millions
 
 
-@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_of_1202_layers_the_formula_gives_the_papers_number() -> None:
+    assert f"{formula(ResNetConfig.paper(1202)) / 1e6:.1f}" == "19.4"
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, pytest.param(110, marks=pytest.mark.slow)])
 def test_plain_and_zero_padded_networks_are_equally_large(depth: int) -> None:
     assert count(ResNetConfig.paper(depth, Shortcut.PLAIN)) == count(ResNetConfig.paper(depth))
 

@@ -99,6 +99,7 @@ def losses(workdir: Path) -> list[float]:
     return [row["loss"] for row in rows(workdir)]
 
 
+@pytest.mark.slow
 def test_the_two_lose_what_the_one_loses(
     stopped: tuple[Path, list[int], list[str]], one_process: Path
 ) -> None:
@@ -107,6 +108,7 @@ def test_the_two_lose_what_the_one_loses(
     np.testing.assert_allclose(ours, theirs[: len(ours)], rtol=np.finfo(np.float32).eps)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_at_the_same_saved_step(
     stopped: tuple[Path, list[int], list[str]],
 ) -> None:
@@ -117,12 +119,14 @@ def test_a_signal_to_one_stops_both_at_the_same_saved_step(
     assert (workdir / "checkpoints" / str(step)).is_dir()
 
 
+@pytest.mark.slow
 def test_only_the_first_speaks(stopped: tuple[Path, list[int], list[str]]) -> None:
     _, _, errors = stopped
     said = [line for line in errors[1].splitlines() if "[Gloo]" not in line]
     assert not said
 
 
+@pytest.mark.slow
 def test_one_process_on_one_device_goes_on_from_there(
     stopped: tuple[Path, list[int], list[str]], one_process: Path
 ) -> None:

@@ -17,6 +17,8 @@ import filelock
 import numpy as np
 import pytest
 
+from flax_resnet.config import Dataset
+from flax_resnet.json_files import write_json
 from flax_resnet.studies import sweep
 from flax_resnet.studies.recipes import STUDIES, make_jobs
 
@@ -41,16 +43,12 @@ def start(home: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "scripts/reproduce.py"), "tanjeffreyz"]
     settings = ["--networks=A-8", "--out=results/tiny", f"--steps={STEPS}"]
     sizes = ["--config.train.batch_size=16", "--config.train.eval_batch_size=360"]
-    cache = {  # what one process compiles the next one reads
-        "JAX_COMPILATION_CACHE_DIR": str(home / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     return subprocess.Popen(
         [*command, *settings, "--config.data.name=digits", *sizes, *flags],
         stderr=subprocess.PIPE,
         text=True,
         cwd=home,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | cache,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
 
@@ -92,6 +90,7 @@ def rerun(home: Path, stopped: Outcome) -> Outcome:
         return finish(home, "--seeds=0,2,1")
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_keeps_what_is_done_and_saves_the_rest(
     home: Path, stopped: Outcome
 ) -> None:
@@ -101,6 +100,7 @@ def test_told_to_stop_it_keeps_what_is_done_and_saves_the_rest(
     assert "stopped by signal 15 at step" in log(home, "A-8-s1")
 
 
+@pytest.mark.slow
 def test_run_again_it_goes_on_where_it_was(home: Path, rerun: Outcome) -> None:
     step = int(log(home, "A-8-s1").split("stopped by signal 15 at step ")[1].split(",")[0])
     assert 0 < step < STEPS
@@ -109,6 +109,7 @@ def test_run_again_it_goes_on_where_it_was(home: Path, rerun: Outcome) -> None:
     assert log(home, "A-8-s0").count("test error") == 1
 
 
+@pytest.mark.slow
 def test_a_failure_is_named_and_keeps_no_other_from_running(home: Path, rerun: Outcome) -> None:
     assert rerun.code == 1, rerun.errors
     last = rerun.errors.splitlines()[-2:]
@@ -117,6 +118,7 @@ def test_a_failure_is_named_and_keeps_no_other_from_running(home: Path, rerun: O
     assert (home / "results/tiny/A-8-s1/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_the_small_files_are_kept_and_the_table_is_theirs(home: Path, rerun: Outcome) -> None:
     readme = (home / "results/tiny/README.md").read_text()
     errors, batch_statistics_errors = [], []
@@ -139,6 +141,7 @@ def test_the_small_files_are_kept_and_the_table_is_theirs(home: Path, rerun: Out
     assert "tiny/README.md" in (home / "results/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_finished_it_trains_nothing(home: Path, rerun: Outcome) -> None:
     before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.*")}
     done = finish(home, "--seeds=0,1")
@@ -155,13 +158,20 @@ def test_finished_it_trains_nothing(home: Path, rerun: Outcome) -> None:
     ],
 )
 def test_what_would_spoil_it_is_refused_before_any_work(
-    home: Path, rerun: Outcome, flag: str, message: str
+    flag: str, message: str, tmp_path: Path
 ) -> None:
-    refused = finish(home, "--seeds=0,1", flag)
+    (job,) = make_jobs(STUDIES["tanjeffreyz"], ["A-8"], [0], STEPS)
+    job.config.data.name = Dataset.DIGITS
+    job.config.train.batch_size, job.config.train.eval_batch_size = 16, 360
+    begun = tmp_path / "runs/tiny" / job.name
+    begun.mkdir(parents=True)
+    write_json(begun / "config.json", job.config.to_dict())
+    refused = finish(tmp_path, "--seeds=0,1", flag)
     assert refused.code == 2
     assert refused.errors.startswith("error: ")
     assert refused.errors.count("\n") == 1
     assert message in refused.errors
+    assert [path.name for path in begun.iterdir()] == ["config.json"]
 
 
 def test_every_accelerator_has_one_run_at_a_time(tmp_path: Path) -> None:

@@ -80,13 +80,12 @@ def by_the_book() -> tuple[TrainState, list[float]]:
 @pytest.mark.parametrize(
     ("settings", "sizes"),
     [
-        ({"scan_blocks": True}, (1, 1, 1)),
-        ({"scan_blocks": True, "remat": True}, (1, 1, 1)),
-        ({"remat": True}, (1, 1, 1)),
-        ({}, (3,)),
-        ({"scan_blocks": True}, (2, 1)),
+        pytest.param({"scan_blocks": True}, (1, 1, 1), id="blocks", marks=pytest.mark.slow),
+        pytest.param({"scan_blocks": True, "remat": True}, (1, 1, 1), id="blocks, remat"),
+        pytest.param({"remat": True}, (1, 1, 1), id="remat", marks=pytest.mark.slow),
+        pytest.param({}, (3,), id="steps", marks=pytest.mark.slow),
+        pytest.param({"scan_blocks": True}, (2, 1), id="blocks and steps"),
     ],
-    ids=["blocks", "blocks, remat", "remat", "steps", "blocks and steps"],
 )
 def test_training_is_the_same(
     settings: dict[str, bool], sizes: tuple[int, ...], by_the_book: tuple[TrainState, list[float]]
