@@ -165,7 +165,7 @@ class ResNetConfig:
         """The config of a network that is there already.
 
         Args:
-            overrides: what no architecture tells: how it is computed, how its projections began.
+            overrides: what no architecture tells: how it is computed, how its weights began.
 
         Raises:
             ConfigError: no config has such stages.
@@ -178,7 +178,8 @@ class ResNetConfig:
             )
         average = architecture.projection is Projection.CONV_BIAS
         usual: dict[str, Any] = {
-            "projection_init": ProjectionInit.AVERAGE if average else ProjectionInit.KAIMING
+            "projection_init": ProjectionInit.AVERAGE if average else ProjectionInit.KAIMING,
+            "init": Init.TORCH if architecture.stem is Stem.CONV else Init.KAIMING,
         }
         return cls(
             depth=2 + 2 * sum(blocks),
