@@ -56,6 +56,12 @@ def integers(*shapes: tuple[int, ...]) -> list[np.ndarray]:
     return [rng.integers(-3, 4, shape).astype(np.float64) for shape in shapes]
 
 
+def compiled(run: Callable[..., tuple[jax.Array, ...]], *args: np.ndarray) -> list[np.ndarray]:
+    """run(*args), compiled without optimisation, which takes a third of the time."""
+    run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    return [np.asarray(array) for array in run(*args)]
+
+
 def gradients(function: Convolution, case: Case) -> list[np.ndarray]:
     """The result, and the gradients with respect to x and kernel of a weighted sum of it."""
 
@@ -202,6 +208,29 @@ def test_any_other_convolution_is_jaxs_own(name: str) -> None:
     assert program(conv_general_dilated, OTHERS[name]) == jaxs
 
 
+@pytest.mark.parametrize(
+    ("x_shape", "kernel_shape", "options"),
+    [
+        ((2, 3, 7, 8), (4, 3, 3, 3), {}),
+        ((2, 3, 7, 8), (3, 3, 3, 4), {"dimension_numbers": ("NCHW", "HWIO", "NHWC")}),
+        ((2, 7, 8, 3), (3, 3, 3, 4), {"dimension_numbers": NHWC, "batch_group_count": 2}),
+    ],
+    ids=["NCHW, the default", "NCHW to NHWC", "groups of the batch"],
+)
+def test_so_is_one_that_no_layer_asks_for(
+    x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    def trace(function: Convolution) -> str:
+        shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x_shape, kernel_shape))
+        return str(
+            jax.make_jaxpr(lambda x, kernel: function(x, kernel, (2, 2), "SAME", **options))(
+                *shapes
+            )
+        )
+
+    assert trace(conv_general_dilated) == trace(lax.conv_general_dilated)
+
+
 @pytest.mark.parametrize("name", ["dilated kernel", "dilated image"])
 def test_without_its_options_it_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "is_ordinary", lambda *_, **__: True)
@@ -233,17 +262,16 @@ def wider(function: Convolution) -> list[np.ndarray]:
 
     The numbers have 14 bits, and products of two more than float32 holds.
     """
-    x, kernel = (
-        jnp.asarray(2**12 * array + 1, jnp.float32)
-        for array in integers((2, 8, 8, 3), (3, 3, 3, 4))
-    )
 
-    def run(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def run(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
         options = {"dimension_numbers": NHWC, "preferred_element_type": jnp.float64}
-        return function(x, kernel, (2, 2), ((1, 1), (1, 1)), **options)
+        y, vjp = jax.vjp(
+            lambda *args: function(*args, (2, 2), ((1, 1), (1, 1)), **options), x, kernel
+        )
+        return y, *vjp(2**12 * jnp.asarray(*integers(y.shape)) + 1)
 
-    y, vjp = jax.vjp(run, x, kernel)
-    return [np.asarray(array) for array in (y, *vjp(2**12 * jnp.asarray(*integers(y.shape)) + 1))]
+    arrays = integers((2, 8, 8, 3), (3, 3, 3, 4))
+    return compiled(run, *((2**12 * array + 1).astype(np.float32) for array in arrays))
 
 
 def test_a_wider_result_is_honoured_in_the_gradients_too() -> None:

@@ -115,7 +115,7 @@ def _backward(
     strides: Window,
     padding: Padding,
     precision: lax.PrecisionLike,
-    preferred_element_type: DTypeLike | None,
+    _: DTypeLike | None,  # dy has it
     residuals: tuple[Image, Kernel],
     dy: Result,
 ) -> tuple[Image, Kernel]:
@@ -131,7 +131,6 @@ def _backward(
         window_strides=(1, 1),
         dimension_numbers=NHWC,
         precision=precision,
-        preferred_element_type=preferred_element_type,
     )
 
     # dx: dy, dilated by the stride, with the kernel turned by 180 degrees.
