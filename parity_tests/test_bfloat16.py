@@ -15,6 +15,7 @@ and by 0.43 with the mutant that after one step is twice as far off.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,9 +32,10 @@ from flax_resnet.data import digits
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.convolution import convolve
 from flax_resnet.nn.cpu import compiler_options
+from flax_resnet.resnet import abstract
 from flax_resnet.step import measure
 from flax_resnet.weights.state_dict import tree_to_torch
-from parity_tests.pair import make_pair, to_torch, torch
+from parity_tests.pair import Pair, make_pair, to_torch, torch
 from torch_ref import step as torch_step
 
 Arrays = dict[str, np.ndarray]
@@ -56,10 +58,14 @@ def digits_batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return train.image[chosen] / np.float32(255), train.label[chosen].astype(np.int64)
 
 
+@cache
+def pairs() -> list[Pair]:
+    return [make_pair(CONFIG, seed) for seed in range(SEEDS)]
+
+
 def ours() -> list[Results]:
     """For each seed; the weights and the images are float32."""
-    pairs = [make_pair(CONFIG, seed) for seed in range(SEEDS)]
-    graphdef = pairs[0].graphdef
+    graphdef, *_ = abstract(CONFIG)  # built anew: a mutant may change it
 
     def loss_fn(params: Any, batch_stats: Any, image: jax.Array, label: jax.Array) -> Any:
         model = nnx.merge(graphdef, params, batch_stats, copy=True)
@@ -69,7 +75,7 @@ def ours() -> list[Results]:
 
     grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True), compiler_options=compiler_options())
     results = []
-    for seed, pair in enumerate(pairs):
+    for seed, pair in enumerate(pairs()):
         grads, (loss, stats) = grad_fn(pair.params, pair.batch_stats, *digits_batch(seed))
         loss = {"loss": np.asarray(loss)}
         results.append(Results(loss, tree_to_torch(grads), tree_to_torch(stats)))
@@ -79,10 +85,9 @@ def ours() -> list[Results]:
 def theirs(dtype: DType) -> list[Results]:
     """The twin's: in float32 under autocast to bfloat16, or in float64."""
     results = []
-    for seed in range(SEEDS):
-        pair = make_pair(CONFIG, seed)
+    for seed, pair in enumerate(pairs()):
         image, label = digits_batch(seed)
-        twin = pair.twin.train()
+        twin = deepcopy(pair.twin).train()
         if dtype is DType.FLOAT64:
             twin, image = twin.double(), image.astype(np.float64)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is DType.BFLOAT16):
