@@ -469,7 +469,9 @@ def columns(text: str) -> list[list[str]]:
 def test_the_account_names_every_key_and_what_is_not_used() -> None:
     state = files.unwrap(make_state(ResNetConfig.tanjeffreyz(8))).state_dict
     ours = from_state_dict(state, shortcut=Shortcut.A, channel_pad=ChannelPad.END)
-    written = to_state_dict(ours.config, ours.params, ours.batch_stats, layout=Layout.TANJEFFREYZ)
+    written = to_state_dict(
+        ours.config.architecture, ours.params, ours.batch_stats, layout=Layout.TANJEFFREYZ
+    )
     unused = [key for key in written if "downsample" in key]
     assert len(unused) == 4
 
@@ -489,7 +491,7 @@ def test_the_account_names_every_key_and_what_is_not_used() -> None:
 def test_a_network_that_akamaster_would_read_otherwise_is_noted(channel_pad: ChannelPad) -> None:
     state = files.unwrap(make_state(ResNetConfig.paper(8))).state_dict
     ours = from_state_dict(state, channel_pad=channel_pad)
-    weights = ours.config, ours.params, ours.batch_stats
+    weights = ours.config.architecture, ours.params, ours.batch_stats
     for layout in (Layout.AKAMASTER, Layout.TORCHVISION):
         text = account.of_writing(ours, to_state_dict(*weights, layout=layout), layout)
         is_misread = layout is Layout.AKAMASTER and channel_pad is ChannelPad.END
