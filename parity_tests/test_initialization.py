@@ -193,7 +193,13 @@ def test_a_classifier_that_starts_normal_fails(monkeypatch: pytest.MonkeyPatch) 
     assert p_values["fc.weight"] < SMALLEST**2
 
 
-@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(x, id=name, marks=pytest.mark.slow if name == "uniform" else ())
+        for name, x in MUTANTS.items()
+    ],
+)
 def test_a_mutant_fails(mutant: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ResNetConfig.paper(8, Shortcut.B)
     monkeypatch.setattr(resnet, "kaiming_normal", mutant)

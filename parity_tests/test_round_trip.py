@@ -11,6 +11,7 @@ to 1.4e-13 measured; beginning again with momentum 0 departs by 0.35.
 
 import copy
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import flax_resnet
 from flax_resnet.config import DType, Experiment, OptimConfig, ResNetConfig, Shortcut
@@ -63,6 +65,15 @@ def random_trees(config: ResNetConfig, seed: int = 0) -> tuple[Tree, Tree]:
     return jax.tree_util.tree_map_with_path(fill, (params, batch_stats))
 
 
+@functools.cache
+def network(
+    family: str, depth: int, shortcut: Shortcut, dtype: DType
+) -> tuple[ResNetConfig, Tree, Tree]:
+    """Made once for all layouts; nothing writes to it."""
+    config = FAMILIES[family](depth, shortcut, dtype=dtype, num_classes=7)
+    return config, *random_trees(config)
+
+
 def assert_same_bits(ours: Any, theirs: Any) -> None:
     """Of two trees: the same structure, and in each leaf the same type, shape and bytes."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
@@ -86,8 +97,7 @@ def random_torch(config: ResNetConfig, layout: Layout) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("layout", "family", "shortcut"), CASES)
 def test_flax_to_pytorch_to_flax(layout: Layout, family: str, shortcut: Shortcut) -> None:
     for depth, dtype in ((8, DType.FLOAT64), (20, DType.FLOAT32)):
-        config = FAMILIES[family](depth, shortcut, dtype=dtype, num_classes=7)
-        params, batch_stats = random_trees(config)
+        config, params, batch_stats = network(family, depth, shortcut, dtype)
         state = to_state_dict(config.architecture, params, batch_stats, step=1234, layout=layout)
         back = from_state_dict(state, shortcut=shortcut, channel_pad=config.channel_pad)
         assert_same_bits((back.params, back.batch_stats), (params, batch_stats))
@@ -125,7 +135,7 @@ def test_models_through_files(layout: Layout, suffix: str, tmp_path: Path) -> No
 
 
 def batch_norms(model: flax_resnet.ResNet) -> list[Any]:
-    return [m for _, m in model.iter_modules() if hasattr(m, "use_running_average")]
+    return [m for _, m in nnx.iter_modules(model) if hasattr(m, "use_running_average")]
 
 
 def test_a_model_that_no_network_of_the_layout_is_like() -> None:

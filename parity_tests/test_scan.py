@@ -81,7 +81,12 @@ def by_the_book() -> tuple[TrainState, list[float]]:
     ("settings", "sizes"),
     [
         pytest.param({"scan_blocks": True}, (1, 1, 1), id="blocks", marks=pytest.mark.slow),
-        pytest.param({"scan_blocks": True, "remat": True}, (1, 1, 1), id="blocks, remat"),
+        pytest.param(
+            {"scan_blocks": True, "remat": True},
+            (1, 1, 1),
+            id="blocks, remat",
+            marks=pytest.mark.slow,  # on four devices it is quick
+        ),
         pytest.param({"remat": True}, (1, 1, 1), id="remat", marks=pytest.mark.slow),
         pytest.param({}, (3,), id="steps", marks=pytest.mark.slow),
         pytest.param({"scan_blocks": True}, (2, 1), id="blocks and steps"),
