@@ -30,7 +30,8 @@ ONE_SIDED = {  # and why; a class or function stands for all that is in it
         "split": STATE,
         "abstract": STATE,
         "kaiming_normal": "fills a layer that is made; ours is an initializer given to the layer",
-        "zero_bias": "Flax's biases begin with zero by themselves",
+        "bias_init": "how PyTorch's layers start by themselves, or zero",
+        "zero_bias": "what bias_init gives to a layer that is to be made",
     },
     "optim": {"make_schedule.optimizer": HELD, "make_optimizer.params": HELD},
     "step": {
