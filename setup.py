@@ -15,7 +15,8 @@ PATTERNS = (
     "results/weights/*.safetensors",
     "results/weights/*.json",
 )
-NOT_SHIPPED = ("scripts/torture.py",)  # it needs scripts/faults, which is for the project alone
+# These need scripts/faults and parity_tests, which are for the project alone.
+NOT_SHIPPED = ("scripts/torture.py", "scripts/mutation.py")
 
 
 class BuildPy(build_py):

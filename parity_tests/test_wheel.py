@@ -101,6 +101,7 @@ def test_every_module_is_there(installed: Installed) -> None:
         assert ours <= {path.relative_to(root) for path in root.rglob("*.py")}
     assert (package.parent / "py.typed").is_file()
     assert not list(package.parent.rglob("torture*"))
+    assert not list(package.parent.rglob("mutation*"))
 
 
 def test_commands_are_listed(installed: Installed) -> None:
