@@ -15,7 +15,15 @@ import pytest
 from flax_resnet.config import ResNetConfig, Shortcut
 from flax_resnet.errors import WeightsError
 from flax_resnet.resnet import abstract
-from flax_resnet.weights.layouts import Layout, by_name, recognize, to_key, to_name
+from flax_resnet.weights.layouts import (
+    Layout,
+    by_name,
+    listed,
+    recognize,
+    to_key,
+    to_name,
+    unused_projections,
+)
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 from flax_resnet.weights.trees import counters, torch_shapes
 
@@ -206,3 +214,28 @@ def test_a_block_too_many_in_one_list() -> None:
     state["model.4.model.0.weight"] = np.zeros((64, 64, 3, 3), np.float32)
     with pytest.raises(WeightsError, match=r"unknown key model\.4\.model\.0\.weight$"):
         from_state_dict(state, shortcut=Shortcut.A)
+
+
+def test_a_missing_classifier_in_one_list_is_named() -> None:
+    """Without the classifier's number the blocks alone tell how many there are."""
+    keys = state_of(Layout.TANJEFFREYZ)
+    state = {key: keys[key] for key in keys if not key.startswith("model.4.model.2.")}
+    with pytest.raises(WeightsError, match=r"missing key model\.4\.model\.2\.weight"):
+        from_state_dict(state, shortcut=Shortcut.A)
+
+
+def test_unused_projections_are_averages() -> None:
+    found = unused_projections(ResNetConfig.tanjeffreyz(8, Shortcut.A).architecture)
+    for stage, c_in in ((1, 16), (2, 32)):
+        weight = found.pop(f"stages.{stage}.0.shortcut.conv.weight")
+        np.testing.assert_array_equal(weight, np.full((2 * c_in, c_in, 1, 1), np.float32(1 / c_in)))
+        bias = found.pop(f"stages.{stage}.0.shortcut.conv.bias")
+        np.testing.assert_array_equal(bias, np.zeros(2 * c_in))
+    assert found == {}
+
+
+@pytest.mark.parametrize("text", ["", "a", "a, b, c", "a, b, c and 1 more", "a, b, c and 5 more"])
+def test_a_list_in_a_message_is_short(text: str) -> None:
+    start, _, more = text.partition(" and ")
+    items = start.split(", ") if start else []
+    assert listed(items + ["x"] * int(more[:1] or 0)) == text
