@@ -239,3 +239,9 @@ def test_a_list_in_a_message_is_short(text: str) -> None:
     start, _, more = text.partition(" and ")
     items = start.split(", ") if start else []
     assert listed(items + ["x"] * int(more[:1] or 0)) == text
+
+
+@pytest.mark.parametrize(("keys", "shown"), [([], "none"), (["b.weight", "a"], "a, b.weight")])
+def test_keys_of_no_layout_are_shown(keys: list[str], shown: str) -> None:
+    with pytest.raises(WeightsError, match=f"known layout .* got {shown}$"):
+        recognize(dict.fromkeys(keys, np.zeros(1)))
