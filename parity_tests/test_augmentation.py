@@ -311,6 +311,8 @@ def test_a_draw_is_the_same_for_ever() -> None:
     np.testing.assert_array_equal(drawn.indices, [1, 4, 4, 0])
     np.testing.assert_array_equal(drawn.offset, [[0, 7], [3, 4], [0, 0], [8, 1]])
     np.testing.assert_array_equal(drawn.flip, [False, True, False, False])
+    many = order.draw(CONFIG, seed=1, step=2, batch_size=64, num_examples=64)
+    assert np.packbits(many.flip).tobytes().hex() == "e05df0b9bb5c7116"
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -320,10 +322,10 @@ def test_evaluation_batches_hold_every_example_once_and_padding() -> None:
     examples = random_examples(10)
     constants = pixels.make_normalization(Preprocess.MEAN_IMAGE, examples.image)
     on_device = Examples(*map(jnp.asarray, examples))
-    index = jnp.array([7, 8, 9, -1, -1])
+    index = jnp.array([0, 8, 9, -1, -1])
     batch = pixels.evaluation_batch(on_device, index, constants, jnp.float32)
-    np.testing.assert_array_equal(batch.label, [*examples.label[7:], -1, -1])
-    right = examples.image[7:] - constants.mean.astype(np.float32)
+    np.testing.assert_array_equal(batch.label, [*examples.label[[0, 8, 9]], -1, -1])
+    right = examples.image[[0, 8, 9]] - constants.mean.astype(np.float32)
     np.testing.assert_array_equal(batch.image[:3], right)
 
 
