@@ -117,9 +117,7 @@ def environment(at: Path) -> dict[str, str]:
     return inherited | {
         "PYTHONPATH": str(ROOT),
         "XDG_CACHE_HOME": str(at / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-            "JAX_COMPILATION_CACHE_DIR", str(at / "cache" / "compiled")
-        ),
+        "JAX_COMPILATION_CACHE_DIR": str(at / "cache" / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
