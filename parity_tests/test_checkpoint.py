@@ -58,8 +58,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     results = list(damage(20, tmp_path, kind))
     assert len(results) == 20
     assert [result for result in results if not result.held] == []
-    # Harmless is a byte of a timestamp, or an empty file cut short: 4 of 10 or so, as the names that
-    # Orbax draws put the files in another order each time. All 20 would be so once in 10^8.
+    # Harmless is a byte of a timestamp, or an empty file cut short: 4 of 10 or so, as the names
+    # that Orbax draws put the files in another order each time. All 20 are so once in 10^8.
     harmless = [result.figure for result in results]
     assert 0 < sum(harmless) < 20
 
