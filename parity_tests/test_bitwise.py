@@ -49,6 +49,11 @@ NETWORKS = PAPERS | {
 }
 
 
+# The slow tests have all networks at more depths.
+QUICK_FLOAT64 = [*((20, network) for network in (*PAPERS, "tanjeffreyz-B")), (110, "A")]
+QUICK_FLOAT32 = [(20, "A"), (20, "C"), (20, "tanjeffreyz-B"), (110, "A")]
+
+
 def dyadic_pair(config: ResNetConfig, taps: int | None = None) -> Pair:
     """Weights that are exact in few bits; `taps` per output channel, but one in a second kernel.
 
@@ -135,13 +140,14 @@ def assert_tells_much(arrays: Arrays) -> None:
 
 @pytest.mark.parametrize(
     ("depth", "network"),
-    [(20, network) for network in NETWORKS]
-    + [
+    [
         pytest.param(
-            depth, network, marks=() if (depth, network) == (110, "A") else pytest.mark.slow
+            depth,
+            network,
+            marks=() if (depth, network) in QUICK_FLOAT64 else pytest.mark.slow,
         )
-        for depth in (56, 110)
-        for network in PAPERS
+        for depth, networks in {20: NETWORKS, 56: PAPERS, 110: PAPERS}.items()
+        for network in networks
     ],
 )
 def test_float64_is_identical(depth: int, network: str) -> None:
@@ -153,9 +159,16 @@ def test_float64_is_identical(depth: int, network: str) -> None:
 
 @pytest.mark.parametrize(
     ("depth", "network", "taps"),
-    [(20, network, None) for network in NETWORKS]
-    + [(110, "A", 1), pytest.param(110, "B", 1, marks=pytest.mark.slow)]
-    + [pytest.param(56, network, None, marks=pytest.mark.slow) for network in ("plain", "A", "C")],
+    [
+        pytest.param(
+            depth,
+            network,
+            1 if depth == 110 else None,
+            marks=() if (depth, network) in QUICK_FLOAT32 else pytest.mark.slow,
+        )
+        for depth, networks in {20: NETWORKS, 56: ("plain", "A", "C"), 110: ("A", "B")}.items()
+        for network in networks
+    ],
 )
 def test_float32_is_identical(depth: int, network: str, taps: int | None) -> None:
     config = replace(NETWORKS[network], depth=depth)

@@ -430,6 +430,7 @@ def test_the_script_runs_nothing_and_writes_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["bomb.pt"]
 
 
+@pytest.mark.slow
 def test_the_script_overwrites_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     write_pt(path)

@@ -38,6 +38,7 @@ from torch_ref import step as torch_step
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 1e-12
 LABEL = np.array([3, 1])
+COMPILED = (Shortcut.A, Shortcut.C)  # of the paper's at depth 20: as a whole, as in training
 
 
 def open_relus(pair: Pair) -> Pair:
@@ -115,7 +116,7 @@ def test_every_gradient_is_pytorchs(family: Callable, depth: int, shortcut: Shor
     pair = make_pair(family(depth, shortcut, dtype=DType.FLOAT64))
     if depth == 110 and shortcut is not Shortcut.A:
         pair = open_relus(pair)
-    is_compiled = family == ResNetConfig.paper and depth == 20  # as in training
+    is_compiled = family == ResNetConfig.paper and depth == 20 and shortcut in COMPILED
     found = differences(ours(pair, compiled=is_compiled), theirs(pair))
     assert max(found.values()) <= TOLERANCE, max(found, key=found.__getitem__)
 

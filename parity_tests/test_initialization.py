@@ -161,6 +161,7 @@ def test_no_two_tensors_and_no_two_seeds_share_their_numbers() -> None:
 
 
 scaling = nnx.initializers.variance_scaling
+COMPILES_LONG = ("truncated normal", "uniform")
 MUTANTS = {
     "truncated normal": nnx.initializers.he_normal(),
     "fan out": scaling(2.0, "fan_out", "normal"),
@@ -196,7 +197,7 @@ def test_a_classifier_that_starts_normal_fails(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "mutant",
     [
-        pytest.param(x, id=name, marks=pytest.mark.slow if name == "uniform" else ())
+        pytest.param(x, id=name, marks=pytest.mark.slow if name in COMPILES_LONG else ())
         for name, x in MUTANTS.items()
     ],
 )
