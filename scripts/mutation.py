@@ -61,13 +61,7 @@ TESTS = {  # the quick tests that concern a module, those that kill most or cost
         layouts::an_unknown_key_is_refused_by_name
         layouts::a_block_too_many_in_one_list""",
     "weights/layouts": """
-        layouts::keys_by_hand
-        layouts::keys_that_no_name_has
-        layouts::other_numbers_of_blocks
-        layouts::a_name_that_the_layout_has_not
-        layouts::to_the_key_and_back
-        layouts::an_unknown_key_is_refused_by_name
-        layouts::a_block_too_many_in_one_list
+        layouts
         round_trip::a_model_that_no_network_of_the_layout_is_like
         round_trip::tanjeffreyzs_unused_projections_are_the_exception
         round_trip::pytorch_to_flax_to_pytorch
