@@ -58,10 +58,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     results = list(damage(20, tmp_path, kind))
     assert len(results) == 20
     assert [result for result in results if not result.held] == []
-    # Harmless is a byte of a timestamp, or an empty file cut short: 4 of 10 or so, as the names
-    # that Orbax draws put the files in another order each time. All 20 are so once in 10^8.
+    # Harmless is a byte of a timestamp, or an empty file cut short. Every second damage is to a byte
+    # that any other was as likely as, and so nearly always to the arrays.
     harmless = [result.figure for result in results]
-    assert 0 < sum(harmless) < 20
+    assert 0 < sum(harmless)
+    assert sum(harmless[1::2]) < 5
 
 
 def test_a_checkpoint_that_lacks_a_file_is_passed_over_for_the_one_before(
@@ -104,3 +105,19 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
         checkpoints.save(state, None)
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         load_state(tmp_path, state_at(0))
+
+
+@pytest.mark.parametrize("message", ["[Errno 28] No space left on device", "RESOURCE_EXHAUSTED: 7"])
+def test_a_full_disk_is_named_and_the_checkpoint_before_stays(
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, None)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(message)
+
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        monkeypatch.setattr(checkpoints.manager, "save", refuse)
+        with pytest.raises(CheckpointError, match="the disk is full; make room and start again"):
+            checkpoints.save(state_at(2), None)
+    assert digest(load_state(tmp_path, state_at(0))) == digest(state_at(1))

@@ -8,13 +8,14 @@ from faults.fault import Unavailable
 from faults.hostile import FILES
 from faults.table import TABLE
 
-QUICK = {"full_disk": 1, "hostile": len(FILES), "not_finite": 1}
+QUICK = {"hostile": len(FILES), "not_finite": 1}
 # What these do is proven in the quick set as well: test_resume kills, stops and damages no less,
-# test_checkpoint flips and truncates, test_cifar10 damages the dataset, test_command_line has two
+# test_checkpoint flips, truncates and finds no room, test_cifar10 damages the dataset, test_command_line has two
 # runs in one directory, test_processes another number of devices.
 SLOW = {
     "kill": 3,  # inside a save, after a step, at any time
     "stop": 2,  # SIGTERM, SIGINT
+    "full_disk": 1,
     "flip": 15,
     "truncate": 5,
     "devices": 1,

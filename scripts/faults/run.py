@@ -22,11 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 STEPS = 24
-
-
 LOG_EVERY = 2
-
-
 SETTINGS = {
     "train.steps": STEPS,
     "train.batch_size": 16,
