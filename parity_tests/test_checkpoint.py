@@ -58,10 +58,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     results = list(damage(20, tmp_path, kind))
     assert len(results) == 20
     assert [result for result in results if not result.held] == []
-    # Harmless is a byte of a timestamp, or an empty file cut short. Every second damage is to a byte
-    # that any other was as likely as, and so nearly always to the arrays.
+    # Harmless is a byte of a timestamp, or an empty file cut short. Every second damage is to any
+    # byte of the checkpoint, so nearly always to its arrays.
     harmless = [result.figure for result in results]
-    assert 0 < sum(harmless)
+    assert sum(harmless) > 0
     assert sum(harmless[1::2]) < 5
 
 

@@ -10,8 +10,8 @@ from faults.table import TABLE
 
 QUICK = {"hostile": len(FILES), "not_finite": 1}
 # What these do is proven in the quick set as well: test_resume kills, stops and damages no less,
-# test_checkpoint flips, truncates and finds no room, test_cifar10 damages the dataset, test_command_line has two
-# runs in one directory, test_processes another number of devices.
+# test_checkpoint flips, truncates and finds no room, test_cifar10 damages the dataset,
+# test_command_line has two runs in one directory, test_processes another number of devices.
 SLOW = {
     "kill": 3,  # inside a save, after a step, at any time
     "stop": 2,  # SIGTERM, SIGINT

@@ -87,10 +87,12 @@ def caught_warnings() -> Iterator[list[str]]:
 def compilation_cache(runs: int, at: Path) -> Iterator[Result]:
     """Damages every entry of JAX's cache of compiled programs, in one of three ways in turn."""
     uninterrupted(at)
+    source = at / "compiled"
+    Run(at, at / "compiling", JAX_COMPILATION_CACHE_DIR=str(source)).wait()
     rng = random.Random(4)
     for i in range(runs):
         cache = at / f"compiled{i}"
-        shutil.copytree(at / "cache" / "compiled", cache)
+        shutil.copytree(source, cache)
         kind = ("flipped", "cut short", "emptied")[i % 3]
         entries = [path for path in sorted(cache.rglob("*")) if path.is_file()]
         for path in entries:

@@ -108,12 +108,16 @@ class Run:
 
 
 def environment(at: Path) -> dict[str, str]:
-    """Of a run: this process's, with caches under `at`, and errors as a user sees them."""
+    """Of a run: this process's, with its data's cache under `at`, and errors as a user sees them.
+
+    Compiled programs are kept under `at` too, unless JAX was told of another directory.
+    """
     inherited = {k: v for k, v in os.environ.items() if k != "FLAX_RESNET_TRACEBACK"}
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(at / "cache" / "compiled")
     return inherited | {
         "PYTHONPATH": str(ROOT),
         "XDG_CACHE_HOME": str(at / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(at / "cache" / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": compiled,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
