@@ -118,25 +118,44 @@ def draw_curve(axes: "Axes", group: Group, style: Style, published: Curves) -> N
     for theirs in published.get(group.config.model.label.split(" (")[0], []):
         axes.plot(*theirs, color=style.color, ls=(0, (0.5, 1.5)), lw=1)
     steps, errors = stacked(group, "test")
-    mean, deviation = errors.mean(0), deviation_of(errors)
     train_steps, train_errors = binned(*stacked(group, "train"))
     axes.plot(
         train_steps, train_errors.mean(0), color=style.color, ls=style.line, lw=0.7, alpha=0.6
     )
+    draw_mean(axes, steps, errors, style, group.label, markers=8, width=1.8)
+
+
+def draw_mean(
+    axes: "Axes",
+    x: np.ndarray,
+    values: np.ndarray,
+    style: Style,
+    label: str,
+    markers: int,
+    width: float,
+) -> None:
+    """The mean over seeds, and a band of one standard deviation if there are several.
+
+    Args:
+        values: (seed, x).
+        markers: about how many of the points get one.
+        width: of the line, in points; a marker is twice as wide.
+    """
+    mean, deviation = values.mean(0), deviation_of(values)
     axes.plot(
-        steps,
+        x,
         mean,
         color=style.color,
         ls=style.line,
-        lw=1.8,
+        lw=width,
         marker=style.marker,
-        ms=3.5,
-        markevery=max(1, len(steps) // 8),
-        label=group.label,
+        ms=2 * width,
+        markevery=max(1, len(x) // markers),
+        label=label,
     )
-    if len(errors) > 1:
+    if len(values) > 1:
         low, high = mean - deviation, mean + deviation
-        axes.fill_between(steps, low, high, color=style.color, alpha=0.2, lw=0)
+        axes.fill_between(x, low, high, color=style.color, alpha=0.2, lw=0)
 
 
 def finish_curves(axes: "Axes", groups: Sequence[Group], published: Curves) -> None:
@@ -272,21 +291,7 @@ def layer_responses(groups: Sequence[Group]) -> "Figure":
         ranked = np.sort(found, -1)[:, ::-1]
         for axes, values in ((upper, found), (lower, ranked)):
             x = np.arange(1, values.shape[1] + 1)
-            mean, deviation = values.mean(0), deviation_of(values)
-            axes.plot(
-                x,
-                mean,
-                color=style.color,
-                ls=style.line,
-                lw=1.2,
-                marker=style.marker,
-                ms=3,
-                markevery=max(1, len(x) // 19),
-                label=group.label,
-            )
-            axes.fill_between(
-                x, mean - deviation, mean + deviation, color=style.color, alpha=0.2, lw=0
-            )
+            draw_mean(axes, x, values, style, group.label, markers=19, width=1.4)
     for axes, order in ((upper, "layer, from the input on"), (lower, "layer, by size")):
         axes.set_xlabel(order)
         axes.set_ylabel("std of the response")

@@ -98,7 +98,7 @@ def to_name(key: str, layout: Layout, blocks: tuple[int, ...]) -> str | None:
         return None
     numbers = dict(found.numbers)
     if "i" in numbers:
-        if not 0 <= numbers["i"] < sum(blocks):
+        if numbers["i"] >= sum(blocks):
             return None
         numbers["s"], numbers["b"] = 0, numbers["i"]
         while numbers["b"] >= blocks[numbers["s"]]:
