@@ -11,6 +11,7 @@ its deviation it loses 7 digits: it is 2e-9 off where ours is 4e-16 off (toleran
 One value has no unbiased variance: where PyTorch refuses to train, so does ours.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resnet import resnet
-from flax_resnet.config import DType, Experiment, ResNetConfig
+from flax_resnet.config import DType, Experiment, ResNetConfig, Statistics
 from flax_resnet.data import digits, pixels
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.cpu import compiler_options
@@ -58,6 +59,7 @@ def differences(steps: list[int]) -> list[float]:
         batch = pixels.Batch(jnp.asarray(image), jnp.asarray(label))
         state, _ = step_fn(state, batch)
         if step + 1 in steps:
+            assert state.step == step + 1
             ours, theirs = tree_to_torch(state.batch_stats), dict(twin.named_buffers())
             assert len(ours) == 2 * 7
             found.append(max(relative(ours[name], theirs[name]) for name in ours))
@@ -68,6 +70,13 @@ def test_running_statistics_are_pytorchs_after_1_and_50_steps() -> None:
     after_1, after_50 = differences([1, 50])
     assert after_1 <= 1e-12
     assert after_50 <= 1e-12
+
+
+def test_a_batch_is_one_share_unless_devices_are_told() -> None:
+    program, state = init(dataclasses.replace(EXPERIMENT, batch_norm=Statistics.REPLICA))
+    model = nnx.merge(program.graphdef, state.params, state.batch_stats)
+    modules = [module for _, module in nnx.iter_graph(model) if isinstance(module, BatchNorm)]
+    assert {module.replicas for module in modules} == {1}
 
 
 def biased_variance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +185,22 @@ def test_the_result_and_its_gradients_are_pytorchs(replicas: int) -> None:
         (y, *vjp(jnp.asarray(dy))), (*theirs, twin.weight.grad, twin.bias.grad), strict=True
     ):
         assert relative(a, b) <= 1e-13
+
+
+def test_in_evaluation_mode_the_result_is_pytorchs() -> None:
+    x, (scale, bias, mean), var = noise((6, 5, 4, 3)), noise((3, 3)), np.abs(noise((3,)))
+    batch_norm = BatchNorm(3, dtype=jnp.float64, param_dtype=jnp.float64)
+    twin = torch.nn.BatchNorm2d(3, dtype=torch.float64)
+    twin.weight.data, twin.bias.data = torch.tensor(scale), torch.tensor(bias)
+    twin.running_mean, twin.running_var = torch.tensor(mean), torch.tensor(var)
+    ours = {"scale": scale, "bias": bias, "mean": mean, "var": var}
+    for name, value in ours.items():
+        getattr(batch_norm, name)[...] = jnp.asarray(value)
+    batch_norm.eval()
+    theirs = twin.eval()(to_torch(x)).detach().permute(0, 2, 3, 1)
+    assert relative(batch_norm(jnp.asarray(x)), theirs) <= 1e-13
+    for name, value in ours.items():
+        np.testing.assert_array_equal(getattr(batch_norm, name)[...], value)
 
 
 def after_one_batch(x: np.ndarray, replicas: int = 1, devices: int = 0) -> BatchNorm:

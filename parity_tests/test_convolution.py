@@ -44,6 +44,7 @@ CASES = {
     "1x1, stride 2, odd": Case((9, 11), (1, 1), (2, 2), SAME_ON_BOTH_SIDES[0]),
     "last pixels not reached": Case((10, 12), (3, 3), (3, 4), SAME_ON_BOTH_SIDES[0]),
     "SAME, which pads (0, 1)": Case((8, 9), (3, 3), (2, 2), "SAME"),
+    "SAME, of a kernel with uneven sides": Case((8, 9), (3, 5), (2, 1), "SAME"),
     "uneven in every way": Case((9, 10), (3, 5), (2, 1), ((0, 2), (3, 1))),
     "kernel larger than the image": Case((3, 2), (7, 7), (2, 2), SAME_ON_BOTH_SIDES[3]),
     "padding larger than the kernel": Case((5, 6), (1, 2), (2, 1), SAME_ON_BOTH_SIDES[2]),

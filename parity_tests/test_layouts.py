@@ -18,6 +18,7 @@ from flax_resnet.resnet import abstract
 from flax_resnet.weights.layouts import (
     Layout,
     by_name,
+    cut_into_stages,
     listed,
     recognize,
     to_key,
@@ -220,6 +221,7 @@ def test_a_missing_classifier_in_one_list_is_named() -> None:
     """Without the classifier's number the blocks alone tell how many there are."""
     keys = state_of(Layout.TANJEFFREYZ)
     state = {key: keys[key] for key in keys if not key.startswith("model.4.model.2.")}
+    assert cut_into_stages(state, Layout.TANJEFFREYZ) == (1, 1, 1)
     with pytest.raises(WeightsError, match=r"missing key model\.4\.model\.2\.weight"):
         from_state_dict(state, shortcut=Shortcut.A)
 

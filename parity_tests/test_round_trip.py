@@ -24,7 +24,7 @@ import pytest
 from flax import nnx
 
 import flax_resnet
-from flax_resnet.config import DType, Experiment, OptimConfig, ResNetConfig, Shortcut
+from flax_resnet.config import DType, Experiment, OptimConfig, Projection, ResNetConfig, Shortcut
 from flax_resnet.data.pixels import Batch
 from flax_resnet.errors import WeightsError
 from flax_resnet.nn.cpu import compiler_options
@@ -138,9 +138,21 @@ def batch_norms(model: flax_resnet.ResNet) -> list[Any]:
     return [m for _, m in nnx.iter_modules(model) if hasattr(m, "use_running_average")]
 
 
-def test_a_model_that_no_network_of_the_layout_is_like() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        ResNetConfig.paper(8),
+        ResNetConfig.tanjeffreyz(8, Shortcut.B, projection=Projection.CONV_BN),
+    ],
+)
+def test_a_model_that_no_network_of_the_layout_is_like(config: ResNetConfig) -> None:
     with pytest.raises(WeightsError, match="tanjeffreyz's layout has"):
-        check_layout(ResNetConfig.paper(8).architecture, Layout.TANJEFFREYZ)
+        check_layout(config.architecture, Layout.TANJEFFREYZ)
+
+
+def test_what_stands_where_no_projection_is_used_decides_no_layout() -> None:
+    config = ResNetConfig.tanjeffreyz(8, Shortcut.A, projection=Projection.CONV_BN)
+    check_layout(config.architecture, Layout.TANJEFFREYZ)
 
 
 def test_tanjeffreyzs_unused_projections_are_the_exception() -> None:

@@ -63,6 +63,7 @@ TESTS = {  # the quick tests that concern a module, those that kill most or cost
     "weights/layouts": """
         layouts
         round_trip::a_model_that_no_network_of_the_layout_is_like
+        round_trip::what_stands_where_no_projection_is_used_decides_no_layout
         round_trip::tanjeffreyzs_unused_projections_are_the_exception
         round_trip::pytorch_to_flax_to_pytorch
         convert::a_bad_state_dict""",
@@ -76,11 +77,13 @@ TESTS = {  # the quick tests that concern a module, those that kill most or cost
         metrics
         augmentation::evaluation_counts_each_example_once_and_padding_nowhere
         batch_norm::running_statistics_are_pytorchs_after_1_and_50_steps
+        batch_norm::a_batch_is_one_share_unless_devices_are_told
         parallel::replica_statistics_are_pytorchs_on_each_share
         parallel::global_statistics_on_many_devices_are_those_of_one[8-pmap]
         parallel::global_statistics_on_many_devices_are_those_of_one[8-jit]""",
     "nn/batch_norm": """
         batch_norm::the_result_and_its_gradients_are_pytorchs
+        batch_norm::in_evaluation_mode_the_result_is_pytorchs
         batch_norm::gradients_through_the_ending_are_jaxs_own_at_zero_too
         batch_norm::two_values_are_enough
         batch_norm::one_value_per_channel_is_an_error
