@@ -10,8 +10,9 @@ from flax import nnx
 
 import flax_resnet
 from flax_resnet.config import ChannelPad, DType, ResNetConfig, Shortcut
-from flax_resnet.errors import ConfigError
+from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.resnet import ResNet, abstract
+from flax_resnet.weights.infer import infer
 from flax_resnet.weights.layouts import Layout
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 from parity_tests.pair import torch
@@ -32,6 +33,50 @@ def test_who_keeps_it(family: Any, shortcut: Shortcut) -> None:
     told = {"shortcut": shortcut, "channel_pad": config.channel_pad}
     assert from_state_dict(state, **told).config.architecture == architecture
     assert ResNetConfig.of(architecture, dtype=DType.FLOAT64) == config
+
+
+PLAIN, PLAIN_OR_B, PAD = (
+    "Plain networks have",
+    "Plain networks and those of shortcut B",
+    "channel_pad",
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "shortcut", "layout", "pad", "doubts"),
+    [
+        (ResNetConfig.paper, Shortcut.A, Layout.TWIN, ChannelPad.END, [PLAIN, PAD]),
+        (ResNetConfig.paper, Shortcut.A, Layout.AKAMASTER, ChannelPad.CENTRE, [PLAIN, PAD]),
+        (ResNetConfig.paper, Shortcut.B, Layout.TWIN, ChannelPad.END, []),
+        (ResNetConfig.paper, Shortcut.C, Layout.AKAMASTER, ChannelPad.CENTRE, []),
+        (
+            ResNetConfig.tanjeffreyz,
+            Shortcut.A,
+            Layout.TANJEFFREYZ,
+            ChannelPad.END,
+            [PLAIN_OR_B, PAD],
+        ),
+        (ResNetConfig.tanjeffreyz, Shortcut.C, Layout.TANJEFFREYZ, ChannelPad.END, []),
+    ],
+)
+def test_what_no_key_tells_is_assumed_and_said(
+    family: Any, shortcut: Shortcut, layout: Layout, pad: ChannelPad, doubts: list[str]
+) -> None:
+    _, params, batch_stats = abstract(family(14, shortcut))
+    trees = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), (params, batch_stats))
+    state = to_state_dict(family(14, shortcut).architecture, *trees, layout=layout)
+    found = from_state_dict(state)
+    assert (found.config.shortcut, found.config.channel_pad) == (shortcut, pad)
+    assert len(found.assumed) == len(doubts)
+    for sentence, doubt in zip(found.assumed, doubts, strict=True):
+        assert doubt in sentence
+
+
+def test_a_network_without_a_second_stage_is_refused() -> None:
+    state = {"conv1.weight": np.ones((16, 3, 3, 3)), "fc.weight": np.ones((10, 64))}
+    state |= {"stages.0.0.conv1.weight": np.ones((16, 16, 3, 3))}
+    with pytest.raises(WeightsError, match=r"missing key of a second stage.*of 1, 0 and 0 blocks"):
+        infer(state, Layout.TWIN)
 
 
 def test_a_config_says_how_too() -> None:
