@@ -6,6 +6,7 @@ On several devices, under `jit` and under `pmap`, with the statistics of the who
 each device's own. A checkpoint does not show how its run compiled.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,3 +224,29 @@ def test_a_convolutions_gradients_are_jaxs_own(size: int, stride: int, pad: int)
     np.testing.assert_array_equal(y, z)
     for a, b in zip(our_vjp(dy), their_vjp(dy), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("depth", "settings", "scans", "blocks_again"),
+    [
+        (20, {}, 0, 0),
+        (20, {"remat": True}, 0, 9),
+        (20, {"scan_blocks": True}, 6, 0),  # one forwards and one backwards in each stage
+        (20, {"scan_blocks": True, "remat": True}, 6, 6),  # the first of a stage and the scanned
+        (8, {"scan_blocks": True}, 0, 0),  # a stage of one block leaves none to scan
+    ],
+)
+def test_the_gradients_program_has_what_was_asked_for(
+    depth: int, settings: dict[str, bool], scans: int, blocks_again: int
+) -> None:
+    """Since neither setting changes a number, nothing else would show that it does something."""
+    model = nnx.eval_shape(lambda: ResNet(ResNetConfig(depth, **settings), rngs=nnx.Rngs(0)))
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, ...)
+
+    def loss(params: nnx.State, batch_stats: nnx.State, x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params, batch_stats, copy=True)(x).sum()
+
+    image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    program = str(jax.make_jaxpr(jax.grad(loss))(params, batch_stats, image))
+    assert len(re.findall(r"\bscan\[", program)) == scans
+    assert len(re.findall(r"\b(?:checkpoint|remat2?)\[", program)) == blocks_again

@@ -98,6 +98,7 @@ TESTS = {  # the quick tests that concern a module, those that kill most or cost
         image_sizes::training_is_pytorchs
         architecture::who_keeps_it
         evaluation::every_block_is_pytorchs_with_channels_padded_in_the_centre
+        scan::the_gradients_program_has_what_was_asked_for
         scan::a_scanned_network_starts_from_the_same_weights
         initialization::every_random_tensor_has_its_formulas_distribution
         initialization::every_other_tensor_is_the_same_constant_to_the_bit""",
