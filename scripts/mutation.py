@@ -100,6 +100,8 @@ TESTS = {  # the quick tests that concern a module, those that kill most or cost
         evaluation::every_block_is_pytorchs_with_channels_padded_in_the_centre
         scan::the_gradients_program_has_what_was_asked_for
         scan::a_scanned_network_starts_from_the_same_weights
+        evaluation::every_block_is_pytorchs_in_float64[paper-20-A]
+        initialization::uniform_biases_reach_their_bounds_and_no_further
         initialization::every_random_tensor_has_its_formulas_distribution
         initialization::every_other_tensor_is_the_same_constant_to_the_bit""",
 }
