@@ -233,6 +233,7 @@ def test_a_convolutions_gradients_are_jaxs_own(size: int, stride: int, pad: int)
         (20, {"remat": True}, 0, 9),
         (20, {"scan_blocks": True}, 6, 0),  # one forwards and one backwards in each stage
         (20, {"scan_blocks": True, "remat": True}, 6, 6),  # the first of a stage and the scanned
+        (14, {"scan_blocks": True}, 6, 0),
         (8, {"scan_blocks": True}, 0, 0),  # a stage of one block leaves none to scan
     ],
 )
