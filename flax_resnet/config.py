@@ -1,7 +1,8 @@
 """What an experiment is made of. Every default is the paper's (arXiv:1512.03385, section 4.2).
 
-The classes are mutable because `ml_collections.config_flags` writes command line overrides into
-them; since overrides land after `__post_init__`, `validate` is called by whoever consumes them.
+A field takes values of its own type only (`settings.py`). What else must hold, of a value or of
+several together, `validate` says; since fields may be assigned one after another, it is called by
+whoever consumes them.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flax_resnet.errors import ConfigError
+from flax_resnet.settings import Settings, from_mapping, require
 
 
 class Shortcut(enum.Enum):
@@ -115,7 +117,7 @@ class Architecture:
 
 
 @dataclass
-class ResNetConfig:
+class ResNetConfig(Settings, group="model"):
     """A CIFAR network of the paper's section 4.2, or one of its relatives."""
 
     depth: int = 20
@@ -240,7 +242,7 @@ class ResNetConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings, group="data"):
     """Which images, and what becomes of them before the network sees them."""
 
     name: Dataset = Dataset.CIFAR10
@@ -257,7 +259,7 @@ class DataConfig:
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Settings, group="optim"):
     """SGD with momentum and a piecewise constant learning rate, in steps."""
 
     peak_lr: float = 0.1
@@ -285,7 +287,7 @@ class OptimConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Settings, group="train"):
     """How long, in which portions, and how often to look."""
 
     steps: int = 64_000
@@ -304,7 +306,7 @@ class TrainConfig:
 
 
 @dataclass
-class Experiment:
+class Experiment(Settings):
     """Everything that decides a run's result."""
 
     model: ResNetConfig = field(default_factory=ResNetConfig)
@@ -332,13 +334,14 @@ class Experiment:
         return json.loads(json.dumps(dataclasses.asdict(self, dict_factory=factory)))
 
     @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> "Experiment":
+    def from_dict(cls, tree: Any) -> "Experiment":
         """Inverse of `to_dict`, also of earlier versions'.
 
         Raises:
-            ConfigError: an unknown field or value.
+            ConfigError: an unknown field, or a value that it cannot have.
         """
-        return _from_dict(cls, upgrade(tree))
+        require(isinstance(tree, dict), "an experiment", "a dictionary", tree)
+        return from_mapping(cls, upgrade(tree))
 
 
 # Settings that decide how a run is computed and told, and nothing of its numbers: it may go on with
@@ -360,7 +363,7 @@ PREPROCESS_0_1 = {"paper": "mean_image", "reference": "own_mean", "akamaster": "
 
 def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
     """The dictionary of an experiment as today's fields have it, from that of any version."""
-    tree = dict(tree)
+    tree = whole(tree, levels=3)  # experiment, group, list of numbers
     model, data = tree.get("model"), tree.get("data")
     if isinstance(model, dict) and "batch_norm" in model:
         tree["model"] = {name: value for name, value in model.items() if name != "batch_norm"}
@@ -368,31 +371,15 @@ def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
     if isinstance(data, dict) and isinstance(data.get("preprocess"), str):
         name = data["preprocess"]
         tree["data"] = data | {"preprocess": PREPROCESS_0_1.get(name, name)}
+    if isinstance(data, dict) and data.get("dir") == "":  # which was the default
+        tree["data"] = tree["data"] | {"dir": None}
     return tree
 
 
-def require(holds: bool, name: str, rule: str, value: object) -> None:
-    """Raises ConfigError `name must be rule, got value` unless it holds."""
-    if not holds:
-        raise ConfigError(f"{name} must be {rule}, got {value!r}")
-
-
-def _from_dict(cls: type, tree: dict[str, Any]) -> Any:
-    types = {f.name: f.type for f in dataclasses.fields(cls)}
-    unknown = sorted(tree.keys() - types.keys())
-    if unknown:
-        raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}")
-
-    def parse(type_: Any, value: Any) -> Any:
-        if dataclasses.is_dataclass(type_):
-            return _from_dict(type_, value)  # pyright: ignore[reportArgumentType]
-        if isinstance(type_, type) and issubclass(type_, enum.Enum):
-            try:
-                return type_(value)
-            except ValueError as e:
-                raise ConfigError(
-                    f"{type_.__name__} must be one of {[m.value for m in type_]}, got {value!r}"
-                ) from e
-        return tuple(value) if isinstance(value, list) else value
-
-    return cls(**{name: parse(types[name], value) for name, value in tree.items()})
+def whole(tree: Any, levels: int) -> Any:
+    """A JSON tree with 4 in the place of 4.0: earlier versions stored what they were given."""
+    if isinstance(tree, dict) and levels:
+        return {name: whole(value, levels - 1) for name, value in tree.items()}
+    if isinstance(tree, list) and levels:
+        return [whole(value, levels - 1) for value in tree]
+    return int(tree) if isinstance(tree, float) and tree.is_integer() else tree

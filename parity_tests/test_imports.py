@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 # What stands on a floor imports what stands below it, and nothing beside it.
 FLOORS = (
     {"errors", "shipped"},
-    {"config", "json_files"},
+    {"settings", "json_files"},
+    {"config"},
     {"data", "nn"},
     {"parallel"},
     {"optim", "resnet"},

@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from flax_resnet.config import Parallel, require
+from flax_resnet.config import Parallel
 from flax_resnet.errors import ConfigError
 from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.parallel import processes
+from flax_resnet.settings import require
 
 AXIS = "data"  # of the devices that share a batch
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_resnet.config import Experiment
-from flax_resnet.errors import ResultsError
+from flax_resnet.errors import ConfigError, ResultsError
 from flax_resnet.studies.responses import BATCH_STATISTICS, RESPONSES
 from flax_resnet.training.metrics_log import Row, read_metrics
 
@@ -57,6 +57,8 @@ def read_run(path: Path) -> Run:
         raise ResultsError(f"{path} is no finished run: it has no summary.json") from e
     except (json.JSONDecodeError, KeyError) as e:
         raise ResultsError(f"{path} is damaged: {type(e).__name__}: {e}") from e
+    except ConfigError as e:
+        raise ResultsError(f"{path / 'summary.json'}: {e}") from e
     rows = list(read_metrics(path / "metrics.jsonl"))
     if not rows:
         raise ResultsError(f"{path} is damaged: it has no metrics.jsonl")

@@ -161,8 +161,8 @@ def read_config(workdir: Path) -> Experiment:
         config.validate()
     except FileNotFoundError as e:
         raise CheckpointError(f"{workdir} is no work directory: it has no config.json") from e
-    except (TypeError, AttributeError) as e:
-        raise CheckpointError(f"{path} is no config of ours: {e}") from e
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
     # Of its word alone: the network is built, and takes the memory, before its weights are read.
     for name, largest in {"depth": MAX_DEPTH, "num_classes": MAX_CLASSES}.items():
         value = getattr(config.model, name)
