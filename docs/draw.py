@@ -264,14 +264,16 @@ def rooms() -> Figure:
     """The rooms of the library, by the floors that parity_tests/test_imports.py holds."""
     floors = [
         ["errors", "shipped"],
-        ["config", "json_files"],
+        ["settings", "json_files"],
+        ["config"],
         ["nn", "data"],
         ["parallel"],
         ["resnet", "optim"],
         ["step", "weights"],
         ["training"],
         ["studies"],
-        ["cli", "help"],
+        ["config_file", "setting_flags", "help"],
+        ["cli"],
         ["scripts", "torch_ref"],
     ]
     science = {"resnet", "optim", "step", "torch_ref"}

@@ -1,103 +1,80 @@
 """Flags, messages and exit codes that the scripts share."""
 
-import dataclasses
+import itertools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
 
-from flax_resnet import help
+from flax_resnet import config_file, help, setting_flags
 from flax_resnet.config import DType, Experiment
 from flax_resnet.errors import ConfigError, UserError
 from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.parallel import processes
-from flax_resnet.shipped import COMMANDS, CONFIGS
+from flax_resnet.shipped import COMMANDS
 
 USER_ERROR = 2  # exit code
-HELP = ("--help", "-help", "-h")
+HELP = ("--help", "-help", "-h", "--helpfull", "-helpfull", "--helpshort", "-helpshort")
 started_by_command = False  # whether `flax-resnet` runs the script, which then sets this
+about_overrides = ""  # what `define_overrides` was told
 
 flags.disclaim_key_flags()  # --config belongs to the script that asks for it here
 
 
-def define_config(default: str) -> flags.FlagHolder:
+def define_config(default: str) -> flags.FlagHolder[str]:
     """`--config NAME`, or `--config FILE.py` with a `get_config`, and `--config.a.b=value`."""
-    holder = config_flags.DEFINE_config_file(
-        "config",
-        str(find_config(default)),
-        f"the experiment: a file, or one of {', '.join(config_names())}",
-        lock_config=False,
-    )
-    flags.FLAGS["config"].default_as_str = default
+    names = ", ".join(config_file.names())
+    text = f"the experiment: a file that ends in .py, or one of {names}"
+    holder: Any = flags.DEFINE_string("config", default, text, flag_values=flags.FLAGS)
+    setting_flags.define()
     return holder
 
 
-def define_overrides(of: str) -> flags.FlagHolder:
+def define_overrides(
+    of: str,
+    names: Collection[str] = (),
+    *,
+    but: Collection[str] = (),
+    own: Mapping[str, str] | None = None,
+) -> None:
     """`--config.a.b=value` alone, for `override` to write into a config from elsewhere.
 
     Args:
         of: whose settings they override, in a sentence for `--help`.
+        names, but, own: which settings the script uses, as in `setting_flags.define`.
     """
-    return config_flags.DEFINE_config_dataclass("config", Experiment(), of)
+    global about_overrides
+    about_overrides = of
+    setting_flags.define(names, but=but, own=own)
 
 
 def takes_config_file() -> bool:
     """Whether the script has called `define_config`."""
-    return "config" in flags.FLAGS and flags.FLAGS["config"].flag_type() == "config object"
+    return "config" in flags.FLAGS
 
 
-def config_names() -> dict[str, Path]:
-    """The configs that come with the library."""
-    return {path.stem: path for path in sorted(CONFIGS.glob("*.py"))}
-
-
-def find_config(name: str) -> Path:
-    """A config's file: `name` itself, or the one of that name which comes with the library.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    names = config_names()
-    if name not in names:
-        known = ", ".join(names)
-        raise ConfigError(f"--config must be a file or one of {known}; there is no file {name!r}")
-    return names[name]
-
-
-def config_arguments(argv: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Where the values of --config are: index in `argv`, what stands before it there, value."""
+def config_values(argv: list[str]) -> list[str]:
+    """The values that a command line has for --config."""
+    found: list[str] = []
     for i, argument in enumerate(argv[1:], 1):
         option, given, value = argument.partition("=")
         if argument == "--":
-            return
+            break
         if option in ("--config", "-config"):
-            if given:
-                yield i, f"{option}=", value
-            elif i + 1 < len(argv):
-                yield i + 1, "", argv[i + 1]
-
-
-def with_config_found(argv: list[str]) -> list[str]:
-    """The command line, with the file in the place of a config's name."""
-    found = list(argv)
-    for i, before, value in config_arguments(argv):
-        found[i] = f"{before}{find_config(value)}"
+            found += [value] if given else argv[i + 1 : i + 2]
     return found
 
 
 def overrides() -> dict[str, Any]:
     """What the command line says, by path, such as {"model.depth": 20}."""
-    return config_flags.get_override_values(flags.FLAGS["config"])
+    return setting_flags.given()
 
 
 def override(config: Experiment) -> Experiment:
@@ -111,9 +88,30 @@ def override(config: Experiment) -> Experiment:
     return checked(config)
 
 
-def experiment(flag: flags.FlagHolder) -> Experiment:
-    """The flag's value, overrides included, checked."""
-    return checked(flag.value)
+def experiment(flag: flags.FlagHolder[str]) -> Experiment:
+    """What the flag's config says, overrides included, checked.
+
+    Raises:
+        ConfigError: a setting breaks a rule, or one that the command line gives changes nothing.
+    """
+    path = config_file.find(flag.value)
+    config = config_file.load(path)
+    try:
+        override(config)
+    except ConfigError as e:
+        if str(e).partition(" ")[0] in overrides():
+            raise
+        raise ConfigError(f"{path}: {e}") from e
+    check_effects([config])
+    return config
+
+
+def check_effects(configs: Iterable[Experiment]) -> None:
+    """Raises ConfigError if a setting given on the command line changes nothing in any config."""
+    idle = [config.idle() for config in configs]
+    for path in overrides():
+        if all(path in reasons for reasons in idle):
+            raise ConfigError(f"--config.{path} would change nothing: {idle[0][path]}")
 
 
 def checked(config: Experiment) -> Experiment:
@@ -183,33 +181,45 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with `--help` of our own, and errors that name the setting and its rule."""
 
     def parse() -> list[str]:
-        found = with_config_found(argv) if takes_config_file() else argv
+        if any(argument in HELP for argument in argv[1:]):
+            print(help_page(argv))
+            sys.exit()
+        check_config_flag(config_values(argv))
+        for argument in itertools.takewhile(lambda argument: argument != "--", argv[1:]):
+            setting_flags.check(argument)
         try:
-            if any(argument in HELP for argument in argv[1:]):
-                print(help_page(found))
-                sys.exit()
-            for argument in argv[1:]:
-                check_setting(argument)
-            return flags.FLAGS(found)
-        except (flags.Error, TypeError, KeyError) as e:
+            return flags.FLAGS(argv)
+        except flags.Error as e:
             raise ConfigError(str(e).strip().splitlines()[-1]) from e
 
     return guarded(parse)
+
+
+def check_config_flag(values: list[str]) -> None:
+    """Raises ConfigError if --config has several values, or if the script does not take it."""
+    if values and not takes_config_file():
+        settings = setting_flags.defined()
+        told = "settings are given one by one, --config.NAME=VALUE" if settings else "see --help"
+        raise ConfigError(f"this takes no --config, got {values[0]!r}; {told}")
+    if len(set(values)) > 1:
+        raise ConfigError(f"--config must be given once, got {' and '.join(values)}")
 
 
 def help_page(argv: list[str]) -> str:
     """The help of the script that runs. Its settings' defaults are those of --config."""
     own = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
     own = {name: flag for name, flag in own.items() if name.partition(".")[0] != "config"}
-    source, config = "", None
+    source, config = about_overrides, Experiment()
     if takes_config_file():
         flag = own["config"] = flags.FLAGS["config"]
-        given = [value for _, _, value in config_arguments(argv)]
-        config = flag.parser.parse(given[-1]) if given else flag.value
-        source = f"The defaults are those of {given[-1] if given else flag.default_as_str}."
-    elif "config" in flags.FLAGS:
-        source, config = flags.FLAGS["config"].help, Experiment()
-    return as_typed(help.page(sys.modules["__main__"].__doc__ or "", own.values(), source, config))
+        name = str((config_values(argv) or [flag.default])[-1])
+        source = f"The defaults are those of {name}."
+        try:
+            config = config_file.load(config_file.find(name))
+        except ConfigError as e:
+            source = f"The defaults are the paper's: {name} cannot be used ({e})."
+    doc = sys.modules["__main__"].__doc__ or ""
+    return as_typed(help.page(doc, own.values(), source, config, setting_flags.defined()))
 
 
 def as_typed(text: str) -> str:
@@ -223,24 +233,6 @@ def as_typed(text: str) -> str:
 
     text = re.sub(r"python scripts/(\w+)\.py", command, text)
     return re.sub(r"\bconfigs/(\w+)\.py", r"\1", text)
-
-
-def check_setting(argument: str) -> None:
-    """Raises ConfigError if `--config.a.b=value` names a field that an Experiment lacks."""
-    name, _, _ = argument.lstrip("-").partition("=")
-    if not argument.startswith("-") or not name.startswith("config."):
-        return
-    holder: Any = Experiment
-    for part in name.split(".")[1:]:
-        types = {f.name: f.type for f in dataclasses.fields(holder)} if is_group(holder) else {}
-        if part not in types:
-            known = f"there are {', '.join(types)}" if types else "it has no parts"
-            raise ConfigError(f"no such setting: {name} ({part!r} is unknown; {known})")
-        holder = types[part]
-
-
-def is_group(type_: Any) -> bool:
-    return dataclasses.is_dataclass(type_)
 
 
 def guarded(function: Callable[[], Any]) -> Any:

@@ -253,7 +253,8 @@ class DataConfig(Settings, group="data"):
     validation: int = 0  # training examples held out; the paper's 45k/5k split: 5000
 
     def validate(self) -> None:
-        """Raises ConfigError for negative numbers."""
+        """Raises ConfigError for negative numbers, and for an empty directory."""
+        require(self.dir != "", "data.dir", "a directory, or none for the default", self.dir)
         require(0 <= self.pad <= 32, "data.pad", "0 to 32 pixels", self.pad)
         require(self.validation >= 0, "data.validation", "0 or more examples", self.validation)
 
@@ -323,7 +324,24 @@ class Experiment(Settings):
         self.data.validate()
         self.optim.validate()
         self.train.validate()
-        require(self.seed >= 0, "seed", "0 or more", self.seed)
+        require(0 <= self.seed < 2**63, "seed", "0 to 2^63 - 1", self.seed)
+
+    def idle(self) -> dict[str, str]:
+        """By path, the settings that change nothing beside the others, and why."""
+        found: dict[str, str] = {}
+        shortcut = self.model.shortcut
+        if shortcut is not Shortcut.A:
+            found["model.channel_pad"] = "only shortcut A pads channels"
+        if shortcut not in (Shortcut.B, Shortcut.C):
+            why = f"shortcut {shortcut.value} has no projections"
+            found |= dict.fromkeys(("model.projection", "model.projection_init"), why)
+        if self.data.name is Dataset.DIGITS and self.data.dir is not None:
+            found["data.dir"] = "the digits come with scikit-learn"
+        if not self.optim.boundaries:
+            found["optim.decay_factor"] = "there are no optim.boundaries"
+        if not self.optim.warmup_steps:
+            found["optim.warmup_lr"] = "optim.warmup_steps is 0"
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The experiment as JSON knows it: enums by value, tuples as lists."""

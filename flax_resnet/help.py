@@ -15,18 +15,18 @@ import io
 import re
 import textwrap
 import tokenize
-import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from flax_resnet.config import Experiment
 from flax_resnet.errors import ConfigError
+from flax_resnet.settings import Plain, plain, types_of
 
 WIDTH = 100
-WORDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "INTEGER,INTEGER,..."}
-WRONG = {int: -1, float: -1.0, tuple: (-1,)}  # values that break a setting's rule, if it has one
+WORDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+WRONG: dict[Any, Any] = {int: -1, float: -1.0}  # values that break a setting's rule, if it has one
 
 
 class Setting(NamedTuple):
@@ -39,18 +39,25 @@ class Setting(NamedTuple):
     members: dict[str, str]  # of an enum: what a value means, where it says so
 
 
-def page(doc: str, own: Iterable[flags.Flag], source: str, config: Experiment | None) -> str:
+def page(
+    doc: str,
+    own: Iterable[flags.Flag],
+    source: str,
+    config: Experiment,
+    taken: Collection[str],
+) -> str:
     """The whole of `--help`.
 
     Args:
         own: the flags that are no settings.
         source: a sentence that says whose values `config` holds.
-        config: its values are shown as the settings' defaults. None: a script without settings.
+        config: its values are shown as the settings' defaults.
+        taken: the settings that the script takes, by path.
     """
     lines = [doc.strip(), "", "Flags:"]
     lines += [about_flag(flag) for flag in sorted(own, key=lambda flag: flag.name)]
-    if config is not None:
-        lines += ["", f"Settings. {source}", about_settings(config)]
+    if taken:
+        lines += ["", f"Settings. {source}", about_settings(config, taken)]
     return "\n".join(lines)
 
 
@@ -61,12 +68,13 @@ def about_flag(flag: flags.Flag) -> str:
     return textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent=" " * 6)
 
 
-def about_settings(config: Experiment) -> str:
-    """All settings in the groups of `config.py`, with the values of `config` as defaults."""
+def about_settings(config: Experiment, taken: Collection[str]) -> str:
+    """The settings in the groups of `config.py`, with the values of `config` as defaults."""
     lines: list[str] = []
     for name, group in groups(config).items():
-        lines += ["", heading(name, group)]
-        for setting in settings(config, name, group):
+        shown = [setting for setting in settings(config, name, group) if setting.path in taken]
+        lines += ["", heading(name, group)] if shown else []
+        for setting in shown:
             lines.append(
                 f"  --config.{setting.path}={setting.allowed} (default: {setting.default})"
             )
@@ -88,37 +96,33 @@ def heading(name: str, group: Any) -> str:
 
 def settings(config: Experiment, name: str, group: Any) -> list[Setting]:
     """The settings of one group."""
-    types = typing.get_type_hints(type(group))
     found = []
-    for field in dataclasses.fields(group):
-        value = getattr(group, field.name)
+    for name_of_field, hint in types_of(type(group)).items():
+        value = getattr(group, name_of_field)
         if dataclasses.is_dataclass(value):
             continue
-        path = f"{name}.{field.name}" if name else field.name
-        type_ = plain_type(types[field.name])
+        path = f"{name}.{name_of_field}" if name else name_of_field
+        type_ = plain(hint)
+        meaning = [comments(type(group)).get(name_of_field, "")]
         members: dict[str, str] = {}
-        meaning = [comments(type(group)).get(field.name, "")]
-        if issubclass(type_, enum.Enum):
-            allowed = "|".join(show(member) for member in type_)
-            meaning.append(first_sentence(type_))
-            texts = {show(member): comments(type_).get(member.name) for member in type_}
+        if issubclass(type_.kind, enum.Enum):
+            meaning.append(first_sentence(type_.kind))
+            texts = {show(one): comments(type_.kind).get(one.name) for one in type_.kind}
             members = {value: text for value, text in texts.items() if text}
-        elif type_ is bool:
-            allowed = "true|false"
         else:
-            allowed = WORDS[type_]
             meaning.append(rule(config, path, type_))
         meaning = [sentence.removesuffix(".") for sentence in meaning if sentence]
-        found.append(Setting(path, show(value), allowed, meaning, members))
+        found.append(Setting(path, show(value), allowed(type_), meaning, members))
     return found
 
 
-def plain_type(hint: Any) -> type:
-    """`int` of `int | None`, `tuple` of `tuple[int, ...]`."""
-    hints = [hint for hint in typing.get_args(hint) if hint is not type(None)]
-    if len(hints) == 1 and type(None) in typing.get_args(hint):
-        hint = hints[0]
-    return typing.get_origin(hint) or hint
+def allowed(type_: Plain) -> str:
+    """Such as "plain|A|B|C", "INTEGER" or "INTEGER,INTEGER,..."."""
+    if issubclass(type_.kind, enum.Enum):
+        return "|".join(show(one) for one in type_.kind)
+    if type_.kind is tuple:
+        return "{0},{0},...".format(WORDS[type_.element])
+    return "true|false" if type_.kind is bool else WORDS[type_.kind]
 
 
 def show(value: Any) -> str:
@@ -135,16 +139,17 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def rule(config: Experiment, path: str, type_: type) -> str:
+def rule(config: Experiment, path: str, type_: Plain) -> str:
     """What `validate` wants of a number, such as "must be at least 1", in its own words."""
-    if type_ not in WRONG:
+    wrong = WRONG.get(type_.element or type_.kind)
+    if wrong is None:
         return ""
     config = copy.deepcopy(config)
     *parents, name = path.split(".")
     holder: Any = config
     for parent in parents:
         holder = getattr(holder, parent)
-    setattr(holder, name, WRONG[type_])
+    setattr(holder, name, (wrong,) if type_.element else wrong)
     try:
         config.validate()
     except ConfigError as e:

@@ -1,12 +1,14 @@
 """Claim: a user's mistake becomes one line that says the rule and the value, before any work."""
 
+import re
 from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
 
-from flax_resnet import cli
-from flax_resnet.config import DataConfig, Dataset, Experiment
+from flax_resnet import cli, config_file, setting_flags
+from flax_resnet.config import DataConfig, Dataset, Experiment, ResNetConfig, Shortcut
 from flax_resnet.data import source
 from flax_resnet.errors import CheckpointError, ConfigError
 from flax_resnet.parallel import sharding
@@ -28,7 +30,7 @@ ROOT = Path(__file__).parent.parent
             "optim.boundaries must rise, all after optim.warmup_steps (0)",
         ),
         ("train.steps", 0, "train.steps must be at least 1, got 0"),
-        ("seed", -1, "seed must be 0 or more, got -1"),
+        ("seed", -1, "seed must be 0 to 2^63 - 1, got -1"),
     ],
 )
 def test_a_setting_that_breaks_a_rule(setting: str, value: object, message: str) -> None:
@@ -44,50 +46,174 @@ def test_a_setting_that_breaks_a_rule(setting: str, value: object, message: str)
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def fresh_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has defined none yet."""
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    monkeypatch.setattr(setting_flags, "own_flags", {})
+
+
+def trained(*arguments: str) -> Experiment:
+    """What `train_flax.py` would train, with quickstart where the arguments have no --config."""
+    config = cli.define_config(default="quickstart")
+    assert cli.parse_flags(["train_flax.py", *arguments]) == ["train_flax.py"]
+    with jax.enable_x64(True):  # which `cli.checked` switches off
+        return cli.guarded(lambda: cli.experiment(config))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The line that is printed in the place of training."""
+    with pytest.raises(SystemExit) as stop:
+        trained(*arguments)
+    assert stop.value.code == 2
+    out, line = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch("error: .*\n", line)
+    return line.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.mark.usefixtures("fresh_flags")
 @pytest.mark.parametrize(
-    "argument", ["--config.model.deth=20", "--config.modl.depth=20", "--config.seed.x=1"]
+    ("arguments", "path", "held"),
+    [
+        (["--config.data.dir=None"], "data.dir", None),
+        (["--config.data.dir=none"], "data.dir", None),
+        (["--config.train.steps_per_call", "None"], "train.steps_per_call", None),
+        (["--config.train.steps_per_call=4"], "train.steps_per_call", 4),
+        (["--config.optim.boundaries=()"], "optim.boundaries", ()),
+        (["--config.optim.boundaries="], "optim.boundaries", ()),
+        (["--config.optim.boundaries=[]"], "optim.boundaries", ()),
+        (["--config.optim.boundaries=5,6"], "optim.boundaries", (5, 6)),
+        (["--config.optim.boundaries=( 5, 6, )"], "optim.boundaries", (5, 6)),
+        (
+            ["--config.optim.boundaries=5", "--config.optim.boundaries=6,7"],
+            "optim.boundaries",
+            (5, 6, 7),
+        ),
+        (["--config.optim.peak_lr=1"], "optim.peak_lr", 1.0),
+        (["--config.optim.peak_lr=1e-2"], "optim.peak_lr", 0.01),
+        (["--config.model.shortcut=b"], "model.shortcut", Shortcut.B),
+        (["--config.data.flip"], "data.flip", True),
+        (["-config.data.flip=t"], "data.flip", True),
+        (["--config=resnet20", "--noconfig.data.flip"], "data.flip", False),
+        (["--config.seed=1", "--config", "resnet20", "--config.seed=2"], "seed", 2),
+        (["--config.seed=0x10"], "seed", 16),
+    ],
 )
-def test_a_misspelt_setting(argument: str) -> None:
-    with pytest.raises(ConfigError, match="no such setting: config"):
-        cli.check_setting(argument)
+def test_a_flag_says_what_a_setting_holds(arguments: list[str], path: str, held: object) -> None:
+    value: object = trained(*arguments)
+    for name in path.split("."):
+        value = getattr(value, name)
+    assert value == held
+    assert type(value) is type(held)
 
 
-@pytest.mark.parametrize("argument", ["--config.model.depth=20", "--config=a.py", "--workdir=x.y"])
-def test_a_setting_that_exists(argument: str) -> None:
-    cli.check_setting(argument)
-
-
-def test_a_config_by_name_is_the_file_of_that_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("fresh_flags")
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--config.train.steps=none"], "train.steps must be an integer, got 'none'"),
+        (["--config.train.steps=1e3"], "train.steps must be an integer, got '1e3'"),
+        (["--config.train.steps="], "train.steps must be an integer, got ''"),
+        (["--config.optim.boundaries=0.5,1"], "must be a list of integers, got ('0.5', 1)"),
+        (["--config.optim.boundaries=1e3"], "must be a list of integers, got ('1e3',)"),
+        (["--config.optim.boundaries=1 2"], "must be a list of integers, got ('1 2',)"),
+        (["--config.optim.peak_lr=nan"], "optim.peak_lr must be a finite number, got nan"),
+        (["--config.data.flip=maybe"], "data.flip must be true or false, got 'maybe'"),
+        (["--config.data.dir="], "data.dir must be a directory, or none for the default, got ''"),
+        (["--config.model.shortcut=D"], "must be one of 'plain', 'A', 'B', 'C', got 'D'"),
+        (["--config.model.dpeth=20"], "no such setting: model.dpeth; did you mean model.depth?"),
+        (["--noconfig.data.flop"], "no such setting: data.flop; did you mean data.flip?"),
+        (["--config.modl.depth=20"], "no such setting: modl.depth; did you mean model.depth?"),
+        (["--config.seed.x=1"], "no such setting: seed.x; there are model, data, optim, "),
+        (
+            ["--config.model=3"],
+            "--config.model is a group of settings; give one of them: --config.model.depth=VALUE",
+        ),
+        (["--config.model.depth"], "Missing value for flag --config.model.depth"),
+        (["--config"], "Missing value for flag --config"),
+        (["--workdri=x"], "Unknown command line flag 'workdri'"),
+        (
+            ["--config=resnet20", "--config.seed=1", "--config", "quickstart"],
+            "--config must be given once, got resnet20 and quickstart",
+        ),
+        (["--config.model.depth=21"], "model.depth must be 6n+2 (8, 20, 32, 44, 56, 110, 1202, "),
+        (["--config.optim.warmup_lr=0.1"], "would change nothing: optim.warmup_steps is 0"),
+        (["--config.model.projection=conv_bias"], "nothing: shortcut A has no projections"),
+        (
+            ["--config.model.shortcut=B", "--config.model.channel_pad=centre"],
+            "--config.model.channel_pad would change nothing: only shortcut A pads channels",
+        ),
+        (["--config.data.dir=/x"], "would change nothing: the digits come with scikit-learn"),
+        (
+            ["--config.optim.boundaries=()", "--config.optim.decay_factor=0.2"],
+            "--config.optim.decay_factor would change nothing: there are no optim.boundaries",
+        ),
+    ],
+)
+def test_a_flag_that_says_nothing_possible(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert cli.find_config("resnet20") == ROOT / "configs/resnet20.py"
-    (tmp_path / "resnet20").write_text("a file goes before a name")
-    assert cli.find_config("resnet20") == Path("resnet20")
+    assert line in refused(capsys, *arguments)
 
 
-@pytest.mark.parametrize("name", ["resnet21", "configs/resnet21.py"])
-def test_a_config_that_there_is_not(name: str) -> None:
-    known = ", ".join(sorted(path.stem for path in ROOT.glob("configs/*.py")))
-    with pytest.raises(ConfigError) as error:
-        cli.find_config(name)
-    assert (
-        str(error.value) == f"--config must be a file or one of {known}; there is no file {name!r}"
-    )
+@pytest.mark.usefixtures("fresh_flags")
+def test_a_rule_that_a_file_breaks_is_told_with_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def get_config():\n    return {'model': {'depth': 21}}\n")
+    line = refused(capsys, f"--config={path}")
+    assert line.startswith(f"{path}: model.depth must be 6n+2")
 
 
-def test_names_are_looked_up_where_configs_are_named_and_nowhere_else() -> None:
-    found = str(ROOT / "configs/resnet20.py")
-    rest = ["--config.model.depth=56", "--workdir=resnet20", "resnet20", "--", "--config=nothing"]
-    for given, expected in [
-        (["--config", "resnet20"], ["--config", found]),
-        (["--config=resnet20"], [f"--config={found}"]),
-        (["-config=resnet20"], [f"-config={found}"]),
-        (["--config", found], ["--config", found]),
-        ([], []),
-    ]:
-        assert cli.with_config_found(["script", *given, *rest]) == ["script", *expected, *rest]
-    assert cli.with_config_found(["script", "--config"]) == ["script", "--config"]  # absl complains
+@pytest.mark.usefixtures("fresh_flags")
+@pytest.mark.parametrize("form", ["{", "ConfigDict("])
+def test_a_flag_overrides_what_a_file_says(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    end = "})" if "(" in form else "}"
+    returned = f"{form}{'{' * form.endswith('(')}'model': {{'depth': 8}}, 'seed': 1{end}"
+    text = f"from ml_collections import ConfigDict\ndef get_config():\n    return {returned}\n"
+    path.write_text(text)
+    config = trained(f"--config={path}", "--config.model.shortcut=B", "--config.seed=2")
+    assert config == Experiment(model=ResNetConfig(8, Shortcut.B), seed=2)
+
+
+@pytest.mark.usefixtures("fresh_flags")
+def test_the_same_config_twice_is_one() -> None:
+    assert trained("--config=resnet56", "--config", "resnet56").model.depth == 56
+
+
+@pytest.mark.usefixtures("fresh_flags")
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("--config=x.py", "this takes no --config, got 'x.py'; settings are given one by one"),
+        ("--config.seed=1", "--config.seed is --seeds here"),
+        (
+            "--config.train.steps=1",
+            "--config.train.steps would change nothing here, where the settings are: model.depth, ",
+        ),
+        ("--config.model.remat", "--config.model.remat would change nothing here"),
+    ],
+)
+def test_a_script_takes_the_settings_that_it_uses(
+    argument: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.define_overrides("", ("model", "seed"), but=["model.remat"], own={"seed": "--seeds"})
+    with pytest.raises(SystemExit):
+        cli.parse_flags(["script.py", "--config.model.depth=8", argument])
+    assert told in capsys.readouterr().err
+    cli.parse_flags(["script.py", "--config.model.depth=8"])
+    assert cli.overrides() == {"model.depth": 8}
+
+
+@pytest.mark.usefixtures("fresh_flags")
+@pytest.mark.parametrize("argument", ["--config=x.py", "--config.data.dir=x"])
+def test_a_script_without_settings(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse_flags(["script.py", argument])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_batch_that_does_not_divide_over_the_devices() -> None:
@@ -107,11 +233,9 @@ def test_every_config_file_says_its_own_command_and_is_valid() -> None:
     paths = sorted(ROOT.glob("configs/*.py"))
     assert len(paths) == 13
     for path in paths:
-        scope: dict[str, object] = {}
-        exec(compile(path.read_text(), path, "exec"), scope)
-        config = scope["get_config"]()
+        config = config_file.load(path)
         config.validate()
-        assert f"--config configs/{path.name}" in scope["__doc__"]
+        assert f"--config configs/{path.name}" in path.read_text()
         assert Experiment.from_dict(config.to_dict()) == config
         name = path.stem.removeprefix("tanjeffreyz_").removeprefix("resnet").removeprefix("plain")
         assert name == "quickstart" or config.model.depth == int(name)

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
-from flax_resnet import help
+from flax_resnet import cli, help, setting_flags
 from flax_resnet.config import Experiment, ResNetConfig, Shortcut
+from flax_resnet.setting_flags import SettingParser
+from flax_resnet.shipped import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 WITH_SETTINGS = ["benchmark.py", "evaluate.py", "parity_report.py", "reproduce.py", "train_flax.py"]
@@ -36,26 +37,19 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def parsed(path: str, value: str) -> Any:
     """What the command line makes of `--config.path=value`."""
-    argv = ["program", f"--config.{path}={value}"]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_dataclass(
-        "config", Experiment(), flag_values=values, sys_argv=argv
-    )
-    values(argv)
-    return leaves(holder.value)[path]
+    return SettingParser(path, setting_flags.settings()[path]).parse(value)
 
 
 def test_every_setting_is_listed_once_with_its_default() -> None:
     config = Experiment(ResNetConfig(56, Shortcut.B), seed=7)
-    shown = LINE.findall(help.about_settings(config))
+    shown = LINE.findall(help.about_settings(config, leaves(config)))
     assert sorted(path for path, _, _ in shown) == sorted(leaves(config))
     for path, _, default in shown:
-        value = leaves(config)[path]
-        assert (default == "none") if value is None else (parsed(path, default) == value)
+        assert parsed(path, default) == leaves(config)[path]
 
 
 def test_every_allowed_value_of_a_choice_is_listed_and_accepted() -> None:
-    for path, allowed, _ in LINE.findall(help.about_settings(Experiment())):
+    for path, allowed, _ in LINE.findall(help.about_settings(Experiment(), leaves(Experiment()))):
         default = leaves(Experiment())[path]
         if isinstance(default, enum.Enum | bool):
             choices = list(type(default)) if isinstance(default, enum.Enum) else [True, False]
@@ -67,7 +61,7 @@ def test_every_number_has_its_rule_in_the_words_of_its_error() -> None:
         setting.path: setting.meaning[-1]
         for name, group in help.groups(Experiment()).items()
         for setting in help.settings(Experiment(), name, group)
-        if setting.allowed in help.WORDS.values() and setting.allowed != "TEXT"
+        if setting.allowed.partition(",")[0] in ("INTEGER", "NUMBER")
     }
     assert all(rule.startswith("must ") for rule in rules.values()), rules
     assert rules["model.depth"] == "must be 6n+2 (8, 20, 32, 44, 56, 110, 1202, ...)"
@@ -86,7 +80,7 @@ def test_meanings_are_the_comments_of_the_source() -> None:
         NONE = "none"
 
     assert help.comments(Level) == {"LOW": "a little", "HIGH": "A lot, which takes two lines."}
-    page = help.about_settings(Experiment())
+    page = help.about_settings(Experiment(), leaves(Experiment()))
     assert "zeros around a training image before the random crop; 0: no crop" in page
     assert "      B: identity; a 1x1 projection where the shape changes\n" in page
 
@@ -97,7 +91,7 @@ def test_without_a_source_there_is_a_help_all_the_same(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(inspect, "getsource", missing)
     help.comments.cache_clear()
-    shown = LINE.findall(help.about_settings(Experiment()))
+    shown = LINE.findall(help.about_settings(Experiment(), leaves(Experiment())))
     help.comments.cache_clear()
     assert len(shown) == len(leaves(Experiment()))
 
@@ -131,13 +125,17 @@ def help_of(*names: str) -> dict[str, str]:
         doc = ast.get_docstring(ast.parse((ROOT / "scripts" / name).read_text()))
         assert page.startswith(f"{doc}\n\nFlags:\n  --")
         shown = [path for path, _, _ in LINE.findall(page)]
-        assert sorted(shown) == (sorted(leaves(Experiment())) if name in WITH_SETTINGS else [])
+        assert set(shown) <= leaves(Experiment()).keys()
+        assert len(shown) == len(set(shown))
+        assert bool(shown) == (name in WITH_SETTINGS)
     return pages
 
 
 def test_help_of_training_has_the_defaults_of_its_config() -> None:
     page = help_of("train_flax.py")["train_flax.py"]
     shown = {path: default for path, _, default in LINE.findall(page)}
+    assert sorted(shown) == sorted(leaves(Experiment()))
+    assert "  --config: the experiment: a file that ends in .py, or one of plain110, " in page
     assert shown["model.depth"] == "110"
     assert shown["optim.warmup_steps"] == "400"
     assert "  --workdir: where the run lives; default: runs/<config's name>\n" in page
@@ -145,5 +143,24 @@ def test_help_of_training_has_the_defaults_of_its_config() -> None:
 
 @pytest.mark.slow
 def test_help_of_the_other_scripts() -> None:
-    pages = help_of("benchmark.py", "convert.py", "evaluate.py", "parity_report.py", "reproduce.py")
+    names = [f"{script}.py" for script in COMMANDS.values() if script != "train_flax"]
+    pages = help_of(*names)
     assert all(" --help" not in page and "(default: None)" not in page for page in pages.values())
+    shown = {name: {path for path, _, _ in LINE.findall(page)} for name, page in pages.items()}
+    assert "optim.peak_lr" not in shown["evaluate.py"]
+    assert "seed" not in shown["reproduce.py"]  # it has --seeds
+
+
+def test_help_of_a_config_that_cannot_be_used_is_a_help_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    (tmp_path / "mine.py").write_text("get_config = 3\n")
+    cli.define_config("quickstart")
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_flags(["train_flax.py", f"--config={tmp_path / 'mine.py'}", "--helpfull"])
+    assert not stop.value.code
+    page = capsys.readouterr().out
+    assert "The defaults are the paper's: " in page
+    assert "mine.py cannot be used (" in page
+    assert "--config.model.depth=INTEGER (default: 20)" in page

@@ -21,7 +21,7 @@ FLOORS = (
     {"step", "weights"},
     {"training"},
     {"studies"},
-    {"help"},
+    {"config_file", "help", "setting_flags"},
     {"cli"},
     {"__main__"},
 )

@@ -41,7 +41,25 @@ XLA_FLAGS = flags.DEFINE_multi_string(
 )
 JSON = flags.DEFINE_string("json", None, "file for the rows")
 PNG = flags.DEFINE_string("png", None, "file for the picture")
-cli.define_overrides("They are the same for all variants.")
+cli.define_overrides(
+    "They are the same for all variants.",
+    (
+        "model",
+        "optim",
+        "data.preprocess",
+        "data.pad",
+        "data.flip",
+        "seed",
+        "parallel",
+        "batch_norm",
+    ),
+    own={
+        "model.depth": "--depths",
+        "model.dtype": "--dtypes",
+        "train.batch_size": "--batch_sizes",
+        "train.steps_per_call": "--scans",
+    },
+)
 
 
 def main() -> None:
@@ -68,6 +86,14 @@ def sizes() -> list[tuple[Experiment, str]]:
     check_choices(FRAMEWORKS, ("flax", "torch"))
     check_choices(DTYPES, tuple(d.value for d in DType))
     integers(SCANS)
+    for flag, framework, phase in (
+        (SCANS, "flax", "train"),
+        (CURES, "flax", "train"),
+        (XLA_FLAGS, "flax", ""),
+    ):
+        is_used = framework in FRAMEWORKS.value and (not phase or phase in PHASES.value)
+        if flag.value and not is_used:
+            raise ConfigError(f"--{flag.name} is about {framework} {phase}, which is not measured")
     found = []
     for depth, batch_size, dtype in itertools.product(
         integers(DEPTHS), integers(BATCH_SIZES), DTYPES.value
@@ -77,6 +103,7 @@ def sizes() -> list[tuple[Experiment, str]]:
         config.train.batch_size = batch_size
         config = cli.override(config)
         found += [(config, phase) for phase in PHASES.value]
+    cli.check_effects([config for config, _ in found])
     return found
 
 

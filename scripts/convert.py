@@ -47,6 +47,9 @@ def main(src: str, dst: str) -> None:
     source, target, to_flax = Path(src), Path(dst), is_workdir_name(dst)
     if to_flax and source.is_dir():
         raise ConfigError(f"{source} and {target} are both Flax's: nothing to convert")
+    unused = LAYOUT if to_flax else PREPROCESS
+    if unused.present:
+        raise ConfigError(f"--{unused.name} would change nothing: DST is {kind_of(to_flax)}")
     check_target(target, is_workdir=to_flax, overwrite=OVERWRITE.value)
     jax.config.update("jax_enable_x64", True)
     imported, state_dict = read_flax(source) if source.is_dir() else read_torch(source)
@@ -63,6 +66,10 @@ def main(src: str, dst: str) -> None:
     else:
         files.write(target, state_dict, layout)
     print(f"written: {target}")
+
+
+def kind_of(is_flax: bool) -> str:
+    return "a work directory" if is_flax else "a PyTorch file"
 
 
 def read_torch(path: Path) -> tuple[Imported, StateDict]:

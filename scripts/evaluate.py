@@ -20,7 +20,7 @@ from absl import flags
 from flax_resnet import cli
 from flax_resnet.config import DataConfig, Experiment, Preprocess
 from flax_resnet.data import source
-from flax_resnet.data.pixels import Normalization
+from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization
 from flax_resnet.errors import ConfigError
 from flax_resnet.nn.scan import Tree, stack
 from flax_resnet.parallel import sharding
@@ -40,7 +40,15 @@ BATCH_STATISTICS = flags.DEFINE_bool(
     "batch_statistics", False, "evaluate as tanjeffreyz did: BatchNorm uses the test batch's"
 )
 flags.mark_flag_as_required("checkpoint")
-cli.define_overrides("The run's own hold where none is given; the defaults of a new run are:")
+cli.define_overrides(
+    "The run's own hold where none is given; the defaults of a new run are:",
+    (
+        *("data.name", "data.dir", "data.preprocess", "data.validation"),
+        *("model.depth", "model.shortcut", "model.channel_pad"),
+        *("model.dtype", "model.scan_blocks", "model.remat"),
+        "train.eval_batch_size",
+    ),
+)
 
 
 class Subject(NamedTuple):
@@ -81,10 +89,9 @@ def read_run(path: Path) -> Subject:
         )
     kept = read_data_facts(run.directory)
     # Also where a run kept nothing, such as a converted one: of the data that the flags name.
-    if kept is None or config.data.preprocess is not run.config.data.preprocess:
-        constants = source.normalization(config.data)
-    else:
-        constants = kept.normalization
+    is_kept = kept is not None and config.data.preprocess is run.config.data.preprocess
+    check_flags(config, uses_training_images=not is_kept)
+    constants = kept.normalization if kept and is_kept else source.normalization(config.data)
     title = f"{run.directory}, step {run.step}"
     return Subject(config, *arrays(config, run.state), constants, title)
 
@@ -108,6 +115,7 @@ def read_torch(path: Path) -> Subject:
             f"{path} tells itself what its network is; --config.model takes the shortcut, "
             "channel_pad, depth, dtype, scan_blocks and remat of a PyTorch file, nothing else"
         )
+    check_flags(config, uses_training_images=True)
     title = f"{path}, layout {imported.layout.value}"
     return Subject(config, *arrays(config, imported), source.normalization(config.data), title)
 
@@ -117,6 +125,20 @@ def arrays(config: Experiment, weights: TrainState | Imported) -> tuple[Tree, Tr
     trees = weights.params, weights.batch_stats
     trees = jax.tree.map(lambda x: jnp.array(x, param_dtype(config.model)), trees)
     return stack(trees) if config.model.scan_blocks else trees
+
+
+def check_flags(config: Experiment, uses_training_images: bool) -> None:
+    """Raises ConfigError for a setting given on the command line that would change nothing."""
+    cli.check_effects([config])
+    is_from_images = uses_training_images and config.data.preprocess in FROM_TRAINING_IMAGES
+    reasons = {
+        "data.preprocess": "" if PREPROCESS.value is None else "--preprocess is given, too",
+        "data.validation": "" if is_from_images else "no training image is needed here",
+        "train.eval_batch_size": "--batch_statistics has its own" if BATCH_STATISTICS.value else "",
+    }
+    for path in cli.overrides():
+        if reason := reasons.get(path):
+            raise ConfigError(f"--config.{path} would change nothing: {reason}")
 
 
 def with_preprocess(config: Experiment) -> Experiment:

@@ -19,6 +19,7 @@ from absl import flags
 
 from flax_resnet import cli
 from flax_resnet.config import ChannelPad, Experiment, Shortcut
+from flax_resnet.errors import ConfigError
 from flax_resnet.step import init
 from flax_resnet.training.workdir import open_run
 from flax_resnet.weights import files
@@ -34,11 +35,17 @@ SHORTCUT = flags.DEFINE_enum_class(
 CHANNEL_PAD = flags.DEFINE_enum_class("channel_pad", None, ChannelPad, "likewise, for option A")
 OUT = flags.DEFINE_string("out", "parity_report", "folder of the picture and the page")
 IMAGES = flags.DEFINE_integer("images", 8, "random images in the batch", lower_bound=2)
-cli.define_overrides("They hold where no --checkpoint is given.")
+cli.define_overrides(
+    "Those of the model hold where no --checkpoint is given.",
+    ("model", "seed"),
+    but=("model.dtype", "model.remat", "model.scan_blocks"),  # all types, block by block
+)
 
 
 def main() -> None:
     config = cli.override(Experiment())
+    cli.check_effects([config])
+    check_flags()
     jax.config.update("jax_enable_x64", True)
     ours = load(CHECKPOINT.value) if CHECKPOINT.value else random_weights(config)
     theirs = load(STATE_DICT.value) if STATE_DICT.value else ours
@@ -50,6 +57,17 @@ def main() -> None:
     print("\n".join(comparison.verdict))
     print(f"{picture} and {page} written")
     sys.exit(len(comparison.verdict) > 1)
+
+
+def check_flags() -> None:
+    """Raises ConfigError for a flag that would change nothing."""
+    of_model = [path for path in cli.overrides() if path.startswith("model.")]
+    if CHECKPOINT.value and of_model:
+        raise ConfigError(f"--config.{of_model[0]} would change nothing: --checkpoint says it")
+    files = [x for x in (CHECKPOINT.value, STATE_DICT.value) if x and not Path(x).is_dir()]
+    for flag in (SHORTCUT, CHANNEL_PAD):
+        if flag.present and not files:
+            raise ConfigError(f"--{flag.name} would change nothing: it is of a PyTorch file")
 
 
 def random_weights(config: Experiment) -> Weights:

@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from flax_resnet import cli
+from flax_resnet.errors import ConfigError
 from flax_resnet.studies import figures, tables
 from flax_resnet.studies.groups import group_runs
 from flax_resnet.studies.published import read_published_curves
@@ -26,6 +27,11 @@ INDEX = flags.DEFINE_bool("index", False, "write the table of all experiments in
 
 
 def main(*runs: str) -> None:
+    for flag in (OUT, PUBLISHED):
+        if INDEX.value and flag.present:
+            raise ConfigError(f"--{flag.name} would change nothing beside --index")
+    if PUBLISHED.value and not OUT.value:
+        raise ConfigError("--published is drawn in --out, which is missing")
     if INDEX.value:
         for root in runs:
             tables.write_index(Path(root))

@@ -16,7 +16,6 @@ from pathlib import Path
 from absl import flags
 
 from flax_resnet import cli
-from flax_resnet.errors import ConfigError
 from flax_resnet.json_files import write_json
 from flax_resnet.studies import figures, recipes, sweep, tables
 from flax_resnet.studies.groups import group_runs
@@ -33,15 +32,15 @@ OUT = flags.DEFINE_string("out", None, "default: results/EXPERIMENT, or results/
 NETWORKS = flags.DEFINE_list("networks", None, "such as A-20,plain-20; default: the experiment's")
 WORKER = flags.DEFINE_string("worker", None, "for reproduce.py itself: the run to train")
 cli.define_overrides(
-    "They hold for all runs, over what the experiment sets; the defaults are the paper's."
+    "They hold for all runs, over what the experiment sets; the defaults are the paper's.",
+    own={
+        "seed": "--seeds",
+        "data.dir": "--data_dir",
+        "model.depth": "--networks",
+        "model.shortcut": "--networks",
+        "train.steps": "--steps",
+    },
 )
-
-OWN = {  # settings that have flags here
-    "seed": "--seeds",
-    "model.depth": "--networks",
-    "model.shortcut": "--networks",
-    "train.steps": "--steps",
-}
 SOME_FAILED = 1  # exit code
 
 
@@ -66,14 +65,12 @@ def main(name: str) -> None:
 
 
 def make_jobs(study: recipes.Study) -> list[Job]:
-    for setting in cli.overrides():
-        if setting in OWN:
-            raise ConfigError(f"--config.{setting} is {OWN[setting]} here")
     seeds = recipes.parse_seeds(SEEDS.value)
     jobs = recipes.make_jobs(study, NETWORKS.value, seeds, STEPS.value)
     for job in jobs:
         job.config.data.dir = DATA_DIR.value
         cli.override(job.config)
+    cli.check_effects([job.config for job in jobs])
     return jobs
 
 

@@ -10,7 +10,6 @@ Several processes train as one: on a TPU VM and under Slurm without being told, 
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from flax_resnet import cli
 from flax_resnet.parallel import processes
@@ -24,9 +23,9 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0
 
 
 def main() -> None:
+    config = cli.experiment(CONFIG)
     processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    fit(cli.experiment(CONFIG), Path(WORKDIR.value or f"runs/{name}"))
+    fit(config, Path(WORKDIR.value or f"runs/{Path(CONFIG.value).stem}"))
 
 
 if __name__ == "__main__":
