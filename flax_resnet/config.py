@@ -97,6 +97,14 @@ class Preprocess(enum.Enum):
 
 WIDTHS = (16, 32, 64)  # channels of the three stages of every network of section 4.2
 
+# Numbers beyond these would silently become others.
+LAST_STEP = 2**31 - 1  # steps, errors and images are counted in int32
+MOST_IMAGES = (
+    2**24
+)  # of a batch: float32, in which the loss is divided, holds every integer to here
+MOST_SUMMANDS = 2**16  # of a sum in float32: 2^18 equal ones are 0.2 % off, as many 0.01 %
+LEAST_NUMBER, MOST_NUMBER = 2.0**-126, 2.0**127  # float32 has smaller ones, which XLA makes zero
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -233,12 +241,18 @@ class ResNetConfig(Settings, group="model"):
         return name
 
     def validate(self) -> None:
-        """Raises ConfigError unless depth is 6n + 2 with n >= 1, and num_classes >= 1."""
+        """Raises ConfigError unless depth is 6n + 2 with n >= 1, and num_classes >= 1.
+
+        Nor may they be so large that the network of a stranger's config.json takes all memory.
+        """
         if self.depth < 8 or self.depth % 6 != 2:
             raise ConfigError(
                 f"model.depth must be 6n+2 (8, 20, 32, 44, 56, 110, 1202, ...), got {self.depth}"
             )
+        require(self.depth <= 10_000, "model.depth", "at most 10000", self.depth)
         require(self.num_classes >= 1, "model.num_classes", "at least 1", self.num_classes)
+        is_some = self.num_classes <= 100_000
+        require(is_some, "model.num_classes", "at most 100000", self.num_classes)
 
 
 @dataclass
@@ -273,10 +287,16 @@ class OptimConfig(Settings, group="optim"):
 
     def validate(self) -> None:
         """Raises ConfigError for rates, factors and boundaries that make no schedule."""
+        for name in ("peak_lr", "warmup_lr", "decay_factor", "weight_decay"):
+            value = getattr(self, name)
+            is_number = not value or LEAST_NUMBER <= abs(value) <= MOST_NUMBER
+            require(is_number, f"optim.{name}", "0 or a number that float32 has", value)
         require(self.peak_lr > 0, "optim.peak_lr", "above 0", self.peak_lr)
         require(self.warmup_lr > 0, "optim.warmup_lr", "above 0", self.warmup_lr)
         require(self.decay_factor > 0, "optim.decay_factor", "above 0", self.decay_factor)
         require(0 <= self.momentum < 1, "optim.momentum", "in [0, 1)", self.momentum)
+        is_below = self.momentum < 1 - 2**-25  # which float32 rounds to 1
+        require(is_below, "optim.momentum", "below 1 in float32, too", self.momentum)
         require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
         steps = (self.warmup_steps, *self.boundaries)
@@ -285,6 +305,8 @@ class OptimConfig(Settings, group="optim"):
                 "optim.boundaries must rise, all after optim.warmup_steps "
                 f"({self.warmup_steps}), got {self.boundaries}"
             )
+        name = "optim.boundaries" if self.boundaries else "optim.warmup_steps"
+        require(steps[-1] <= LAST_STEP, name, f"at most {LAST_STEP}", steps[-1])
 
 
 @dataclass
@@ -300,10 +322,18 @@ class TrainConfig(Settings, group="train"):
     checkpoint_every: int = 1000
 
     def validate(self) -> None:
-        """Raises ConfigError unless every number is at least 1."""
+        """Raises ConfigError unless every number is at least 1, and can be counted."""
         for name, value in dataclasses.asdict(self).items():
             if value is not None:
                 require(value >= 1, f"train.{name}", "at least 1", value)
+        require(self.steps <= LAST_STEP, "train.steps", f"at most {LAST_STEP}", self.steps)
+        for name in ("batch_size", "eval_batch_size"):
+            value = getattr(self, name)
+            require(value <= MOST_IMAGES, f"train.{name}", f"at most {MOST_IMAGES}", value)
+        # What a line of the log sums up, when there are so many steps.
+        most = min(MOST_SUMMANDS, LAST_STEP // self.batch_size)
+        rule = f"at most {most}, over which a line of the log can be summed"
+        require(min(self.log_every, self.steps) <= most, "train.log_every", rule, self.log_every)
 
 
 @dataclass
@@ -391,6 +421,13 @@ def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
         tree["data"] = data | {"preprocess": PREPROCESS_0_1.get(name, name)}
     if isinstance(data, dict) and data.get("dir") == "":  # which was the default
         tree["data"] = tree["data"] | {"dir": None}
+    train = tree.get("train")
+    if isinstance(train, dict) and isinstance(train.get("steps"), int):
+        # "For ever" and "never", in numbers that could not be counted.
+        largest = {"steps": LAST_STEP}
+        if train["steps"] > MOST_SUMMANDS and isinstance(train.get("log_every"), int):
+            largest["log_every"] = MOST_SUMMANDS
+        tree["train"] = train | {name: min(train[name], x) for name, x in largest.items()}
     return tree
 
 

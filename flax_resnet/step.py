@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -61,7 +62,7 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
     Args:
         num_devices: that share a batch, for BatchNorm's statistics.
     """
-    model = ResNet(config.model, rngs=nnx.Rngs(config.seed))
+    model = ResNet(config.model, rngs=nnx.Rngs(key_of(config.seed)))
     is_pmap = config.parallel is Parallel.PMAP
     is_global = config.batch_norm is Statistics.GLOBAL
     model.set_attributes(
@@ -79,6 +80,15 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
         metrics=Metrics.zeros(),
     )
     return Program(graphdef, optimizer, AXIS if is_pmap else None), state
+
+
+def key_of(seed: int) -> Array:
+    """`jax.random.key(seed)`, and its like for seeds of more than 32 bits, which it would cut.
+
+    It does so where 64-bit types are off. Where they are on, the two are the same.
+    """
+    words = jnp.array(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32))
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -1,6 +1,9 @@
 """Claim: a user's mistake becomes one line that says the rule and the value, before any work."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -214,6 +217,63 @@ def test_a_script_without_settings(argument: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         cli.parse_flags(["script.py", argument])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+RUN = ROOT / "parity_tests/golden/paper"
+WEIGHTS = ROOT / "parity_tests/golden/weights/paper.safetensors"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train_flax --config=mine.py", "mine.py:2: no such setting: model.dpeth; did you mean"),
+        ("train_flax --config.seed=9223372036854775808", "seed must be 0 to 2^63 - 1, got 9223"),
+        ("train_flax --config.model.num_classes=9", "model.num_classes must be at least 10, the"),
+        (f"evaluate --checkpoint={RUN} --config=mine.py", "this takes no --config, got 'mine.py'"),
+        (f"evaluate --checkpoint={RUN} --config.optim.peak_lr=1", "would change nothing here"),
+        (f"evaluate --checkpoint={RUN} --config.data.dir=x", "the digits come with scikit-learn"),
+        (
+            f"evaluate --checkpoint={RUN} --batch_statistics --config.train.eval_batch_size=9",
+            "--config.train.eval_batch_size would change nothing: --batch_statistics has its own",
+        ),
+        (
+            f"evaluate --checkpoint={WEIGHTS} --preprocess=imagenet --config.data.validation=9",
+            "--config.data.validation would change nothing: no training image is needed here",
+        ),
+        (f"convert {WEIGHTS} made --layout=akamaster", "--layout would change nothing: DST is a "),
+        (f"convert {RUN} made.pt --preprocess=imagenet", "--preprocess would change nothing: DST"),
+        ("parity_report --shortcut=B", "--shortcut would change nothing: it is of a PyTorch file"),
+        (
+            f"parity_report --checkpoint={RUN} --config.model.depth=8",
+            "--config.model.depth would change nothing: --checkpoint says it",
+        ),
+        ("benchmark --phases=eval --scans=2", "--scans is about flax train, which is not measured"),
+        ("benchmark --config.model.depth=8", "--config.model.depth is --depths here"),
+        ("plot --published=x .", "--published is drawn in --out, which is missing"),
+        ("reproduce depth --config.data.dir=x", "--config.data.dir is --data_dir here"),
+    ],
+)
+def test_what_a_script_would_not_use_is_refused_and_nothing_is_made(
+    command: str, told: str, tmp_path: Path
+) -> None:
+    text = (
+        "from flax_resnet.config import Experiment; config = Experiment()\nconfig.model.dpeth = 8\n"
+    )
+    (tmp_path / "mine.py").write_text(text)
+    script, *arguments = command.split()
+    done = subprocess.run(
+        [sys.executable, ROOT / f"scripts/{script}.py", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch("error: .*\n", done.stderr)
+    assert told in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
 
 
 def test_a_batch_that_does_not_divide_over_the_devices() -> None:

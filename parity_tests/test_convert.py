@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 import pytest
 
 import flax_resnet
 from flax_resnet.config import ChannelPad, ResNetConfig, Shortcut
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.training.converted import check_target, is_workdir_name
+from flax_resnet.training.workdir import open_run
 from flax_resnet.weights import account, files
 from flax_resnet.weights.layouts import Layout
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
@@ -395,6 +397,8 @@ def test_there_and_back_with_the_script(tmp_path: Path) -> None:
     assert float(match[1]) < 1e-5
     assert float(match[2]) < 1e-14
     assert [path.name for path in (work / "checkpoints").iterdir()] == ["7"]
+    # By its own count the optimizer knows where the learning rate falls.
+    assert int(optax.tree.get(open_run(work).state.opt_state, "count")) == 7
 
     table = convert(work / "checkpoints" / "7", last, "--layout=akamaster")
     assert "->  module.linear.weight" in table

@@ -67,6 +67,7 @@ def main() -> None:
     subject = read_run(path) if path.is_dir() else read_torch(path)
     config, params, batch_stats, constants, title = subject
     print(f"{title}, preprocess {config.data.preprocess.value}")
+    source.check_classes(config.data, config.model.num_classes)
     test = source.load(config.data, ("test",))["test"]
     mesh = sharding.data_mesh()
     if BATCH_STATISTICS.value:

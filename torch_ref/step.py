@@ -9,6 +9,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
 from flax_resnet.config import Experiment
+from flax_resnet.settings import require
 from torch_ref.optim import make_optimizer, make_schedule
 from torch_ref.pixels import Batch
 from torch_ref.resnet import ResNet
@@ -31,7 +32,11 @@ class TrainState(NamedTuple):
 
 
 def init(config: Experiment) -> TrainState:
-    """A network and its optimizer at step 0, a function of `config.seed` alone."""
+    """A network and its optimizer at step 0, a function of `config.seed` alone.
+
+    Raises ConfigError for a seed of more than 32 bits: on a CPU PyTorch uses no more.
+    """
+    require(config.seed < 2**32, "seed", "below 2^32 for PyTorch", config.seed)
     torch.manual_seed(config.seed)
     model = ResNet(config.model)
     optimizer = make_optimizer(config.optim, model.parameters())

@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from flax_resnet.config import DataConfig
+from flax_resnet.settings import require
 
+MOST_EXAMPLES = 2**31 - 1  # which an index, int32 on the device, can tell apart
 ORDER, AUGMENTATION = 0, 1  # independent streams of random numbers
 
 
@@ -25,7 +27,11 @@ class Draw(NamedTuple):
 
 
 def draw(config: DataConfig, seed: int, step: int, batch_size: int, num_examples: int) -> Draw:
-    """What step `step` sees. Each epoch is a new permutation; a batch may straddle two."""
+    """What step `step` sees. Each epoch is a new permutation; a batch may straddle two.
+
+    Raises ConfigError for more examples than an int32 can number.
+    """
+    require(num_examples <= MOST_EXAMPLES, "images", f"at most {MOST_EXAMPLES}", num_examples)
     epoch, position = np.divmod(np.arange(batch_size) + step * batch_size, num_examples)
     index = np.empty(batch_size, np.int32)
     for e in np.unique(epoch):

@@ -7,7 +7,9 @@ from flax_resnet.data import cifar10, digits
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization, make_normalization
 from flax_resnet.errors import ConfigError
+from flax_resnet.settings import require
 
+CLASSES = {Dataset.CIFAR10: 10, Dataset.DIGITS: 10}
 SPLITS = ("train", "test", "validation")
 
 
@@ -38,6 +40,13 @@ def load(config: DataConfig, splits: Collection[str] = SPLITS) -> dict[str, Exam
         found["train"] = Examples(train.image[:size], train.label[:size])
         found["validation"] = Examples(train.image[size:], train.label[size:])
     return {split: found[split] for split in SPLITS if split in splits and split in found}
+
+
+def check_classes(config: DataConfig, num_classes: int) -> None:
+    """Raises ConfigError for a network of fewer classes than the images have."""
+    classes = CLASSES[config.name]
+    rule = f"at least {classes}, the classes of {config.name.value}"
+    require(num_classes >= classes, "model.num_classes", rule, num_classes)
 
 
 def normalization(config: DataConfig) -> Normalization:

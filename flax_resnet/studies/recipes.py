@@ -21,6 +21,7 @@ from flax_resnet.errors import ConfigError
 Recipe = Callable[[int, Shortcut], Experiment]
 
 TANJEFFREYZ_STEPS = 62_560  # 160 epochs of 391 batches
+MOST_SEEDS = 10_000
 MIN_STEPS = 4  # below, the two drops of the learning rate fall together
 NAME = re.compile(r"(plain|A|B|C)-(\d+)(?:-(average|kaiming))?")
 
@@ -173,16 +174,19 @@ def pace(config: Experiment) -> None:
 
 def parse_seeds(text: str) -> list[int]:
     """`5`: 0 to 4; `0..4`: the same; `0,3`: these two. Raises ConfigError for anything else."""
-    if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
-        seeds = list(range(int(match[1]), int(match[2]) + 1))
-    elif re.fullmatch(r"\d+", text):
-        seeds = list(range(int(text)))
-    elif re.fullmatch(r"\d+(,\d+)*,?", text):
+    seeds: Sequence[int] = []
+    if match := re.fullmatch(r"(\d{1,19})\.\.(\d{1,19})", text):
+        seeds = range(int(match[1]), int(match[2]) + 1)
+    elif re.fullmatch(r"\d{1,19}", text):
+        seeds = range(int(text))
+    elif re.fullmatch(r"\d{1,19}(,\d{1,19})*,?", text):
         seeds = [int(part) for part in text.split(",") if part]
-    else:
-        seeds = []
+    if seeds[MOST_SEEDS:]:
+        raise ConfigError(
+            f"seeds must be at most {MOST_SEEDS}, got {text!r}; seed 5 alone is written 5..5 or 5,"
+        )
     if not seeds:
         raise ConfigError(
             f"seeds must be a number of seeds (5), a range (0..4) or a list (0,3), got {text!r}"
         )
-    return seeds
+    return list(seeds)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from flax_resnet.config import DataConfig, Experiment, Preprocess
 from flax_resnet.errors import ConfigError
@@ -29,8 +30,8 @@ def write_workdir(target: Path, imported: Imported, preprocess: Preprocess) -> N
     """
     config = Experiment(model=imported.config, data=DataConfig(preprocess=preprocess))
     params, batch_stats = jax.tree.map(jnp.array, (imported.params, imported.batch_stats))
-    optimizer = make_optimizer(config.optim).init(params)
     step = jnp.array(imported.step, jnp.int32)
+    optimizer = optax.tree.set(make_optimizer(config.optim).init(params), count=step)
     state = TrainState(step, params, batch_stats, optimizer, Metrics.zeros())
 
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

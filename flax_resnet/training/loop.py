@@ -51,6 +51,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
         SystemExit: after SIGTERM or SIGINT, with code 128 + signal, once the state is saved.
     """
     config.validate()
+    source.check_classes(config.data, config.model.num_classes)
     keep_memory()
     mesh = sharding.data_mesh()
     sharding.check_batch_size(mesh, "train.batch_size", config.train.batch_size)

@@ -25,8 +25,6 @@ from flax_resnet.training.checkpoint import load_state
 
 log = logging.getLogger(__name__)
 
-MAX_DEPTH, MAX_CLASSES = 10_000, 100_000  # of a work directory that somebody else may have made
-
 
 class DataFacts(NamedTuple):
     """What a run must know of its data to be used without the training images."""
@@ -163,11 +161,6 @@ def read_config(workdir: Path) -> Experiment:
         raise CheckpointError(f"{workdir} is no work directory: it has no config.json") from e
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from e
-    # Of its word alone: the network is built, and takes the memory, before its weights are read.
-    for name, largest in {"depth": MAX_DEPTH, "num_classes": MAX_CLASSES}.items():
-        value = getattr(config.model, name)
-        if value > largest:
-            raise CheckpointError(f"{path}: model.{name} must be at most {largest}, got {value}")
     return config
 
 

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resnet.config import Architecture, ChannelPad, DType, Projection, ResNetConfig, Shortcut
+from flax_resnet.config import (
+    LAST_STEP,
+    Architecture,
+    ChannelPad,
+    DType,
+    Projection,
+    ResNetConfig,
+    Shortcut,
+)
 from flax_resnet.errors import WeightsError
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet, abstract
@@ -31,7 +39,6 @@ from flax_resnet.weights.trees import counters, torch_shapes, tree_from_torch, t
 
 COUNTER = "(training step)"
 UNUSED = "(unused projection)"
-MAX_STEP = 2**31 - 1  # of TrainState.step
 
 
 class Placement(NamedTuple):
@@ -210,8 +217,8 @@ def check_array(
     if array.shape != shape:
         raise WeightsError(f"{key} must have shape {shape} in {network}, got {array.shape}")
     if name.endswith("num_batches_tracked"):
-        if not np.issubdtype(array.dtype, np.integer) or not 0 <= array <= MAX_STEP:
-            raise WeightsError(f"{key} must be an integer from 0 to {MAX_STEP}, got {array}")
+        if not np.issubdtype(array.dtype, np.integer) or not 0 <= array <= LAST_STEP:
+            raise WeightsError(f"{key} must be an integer from 0 to {LAST_STEP}, got {array}")
         return
     if array.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
         raise WeightsError(f"{key} must have a type of floating point, got {array.dtype}")
