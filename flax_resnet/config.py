@@ -86,6 +86,20 @@ class Dataset(enum.Enum):
     DIGITS = "digits"  # scikit-learn's 8x8 handwritten digits, enlarged to 32x32x3
 
 
+class Schedule(enum.Enum):
+    """How the learning rate goes on after the warm-up."""
+
+    PIECEWISE = "piecewise"  # peak_lr, times decay_factor at each of boundaries: the paper
+    COSINE = "cosine"  # from peak_lr down half a cosine, to reach final_lr after the last step
+
+
+class Warmup(enum.Enum):
+    """What the learning rate does in the warm-up."""
+
+    CONSTANT = "constant"  # stays at warmup_lr: the paper
+    LINEAR = "linear"  # rises by equal steps from warmup_lr to peak_lr
+
+
 class Preprocess(enum.Enum):
     """How pixels become numbers."""
 
@@ -275,19 +289,26 @@ class DataConfig(Settings, group="data"):
 
 @dataclass
 class OptimConfig(Settings, group="optim"):
-    """SGD with momentum and a piecewise constant learning rate, in steps."""
+    """SGD with momentum, and a learning rate that changes with the step."""
 
+    schedule: Schedule = Schedule.PIECEWISE
     peak_lr: float = 0.1
-    boundaries: tuple[int, ...] = (32_000, 48_000)
-    decay_factor: float = 0.1
+    boundaries: tuple[int, ...] = (32_000, 48_000)  # of a piecewise schedule, in steps
+    decay_factor: float = 0.1  # of a piecewise schedule
+    final_lr: float = 0.0  # of a cosine schedule
+    warmup: Warmup = Warmup.CONSTANT
     warmup_steps: int = 0  # the paper's ResNet-110: 400
     warmup_lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
 
-    def validate(self) -> None:
-        """Raises ConfigError for rates, factors and boundaries that make no schedule."""
-        for name in ("peak_lr", "warmup_lr", "decay_factor", "weight_decay"):
+    def validate(self, steps: int | None = None) -> None:
+        """Raises ConfigError for rates, factors and boundaries that make no schedule.
+
+        Args:
+            steps: of the whole run, if they are known.
+        """
+        for name in ("peak_lr", "warmup_lr", "final_lr", "decay_factor", "weight_decay"):
             value = getattr(self, name)
             is_number = not value or LEAST_NUMBER <= abs(value) <= MOST_NUMBER
             require(is_number, f"optim.{name}", "0 or a number that float32 has", value)
@@ -299,8 +320,17 @@ class OptimConfig(Settings, group="optim"):
         require(is_below, "optim.momentum", "below 1 in float32, too", self.momentum)
         require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
-        steps = (self.warmup_steps, *self.boundaries)
-        if list(steps) != sorted(set(steps)):
+        rule = f"0 to optim.peak_lr ({self.peak_lr})"
+        require(0 <= self.final_lr <= self.peak_lr, "optim.final_lr", rule, self.final_lr)
+        if self.schedule is Schedule.COSINE:
+            rule = f"below train.steps ({steps}) with optim.schedule=cosine"
+            is_shorter = steps is None or self.warmup_steps < steps
+            require(is_shorter, "optim.warmup_steps", rule, self.warmup_steps)
+            return
+        rule = "0 without optim.schedule=cosine"
+        require(self.final_lr == 0, "optim.final_lr", rule, self.final_lr)
+        before = (self.warmup_steps, *self.boundaries)
+        if list(before) != sorted(set(before)):
             raise ConfigError(
                 "optim.boundaries must rise, all after optim.warmup_steps "
                 f"({self.warmup_steps}), got {self.boundaries}"
@@ -352,8 +382,8 @@ class Experiment(Settings):
         """Raises ConfigError at the first setting that breaks a rule."""
         self.model.validate()
         self.data.validate()
-        self.optim.validate()
         self.train.validate()
+        self.optim.validate(self.train.steps)
         require(0 <= self.seed < 2**63, "seed", "0 to 2^63 - 1", self.seed)
 
     def idle(self) -> dict[str, str]:
@@ -367,10 +397,14 @@ class Experiment(Settings):
             found |= dict.fromkeys(("model.projection", "model.projection_init"), why)
         if self.data.name is Dataset.DIGITS and self.data.dir is not None:
             found["data.dir"] = "the digits come with scikit-learn"
-        if not self.optim.boundaries:
+        if self.optim.schedule is Schedule.COSINE:
+            why = "optim.schedule is cosine"
+            found |= dict.fromkeys(("optim.boundaries", "optim.decay_factor"), why)
+        elif not self.optim.boundaries:
             found["optim.decay_factor"] = "there are no optim.boundaries"
         if not self.optim.warmup_steps:
-            found["optim.warmup_lr"] = "optim.warmup_steps is 0"
+            why = "optim.warmup_steps is 0"
+            found |= dict.fromkeys(("optim.warmup", "optim.warmup_lr"), why)
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,38 +1,66 @@
-"""The paper's optimizer: SGD with momentum, coupled weight decay and a piecewise constant rate."""
+"""The paper's optimizer: SGD with momentum and coupled weight decay; and its learning rate."""
 
+import jax.numpy as jnp
 import optax
+from jax import Array
+from jax.typing import ArrayLike
 
-from flax_resnet.config import OptimConfig
+from flax_resnet.config import OptimConfig, Schedule, Warmup
 
 
-def make_schedule(config: OptimConfig) -> optax.Schedule:
-    """Learning rate by step: `torch.optim.lr_scheduler.MultiStepLR` after a constant warm-up.
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step t, of T `steps` in all and W of warm-up: PyTorch's schedulers.
 
-    Boundaries count from step 0, warm-up included. Raises ConfigError for rates that make no
-    schedule.
+    Warm-up, t < W (`ConstantLR` or `LinearLR`): warmup_lr, or
+    warmup_lr + (peak_lr - warmup_lr) t / W.
+
+    Then piecewise (`MultiStepLR`): peak_lr, times decay_factor for each boundary <= t. Boundaries
+    count from step 0, warm-up included. Or cosine (`CosineAnnealingLR` over the T - W steps that
+    are left): final_lr + (peak_lr - final_lr) (1 + cos(pi (t - W) / (T - W))) / 2.
+
+    Raises ConfigError for rates that make no schedule.
     """
-    config.validate()
-    decays = dict.fromkeys(config.boundaries, config.decay_factor)
+    config.validate(steps)
+    left = steps - config.warmup_steps
+    if config.schedule is Schedule.COSINE:
+        main = cosine(config.peak_lr, config.final_lr, left)
+    else:
+        decays = {step - config.warmup_steps: config.decay_factor for step in config.boundaries}
+        main = optax.piecewise_constant_schedule(config.peak_lr, decays)
     if not config.warmup_steps:
-        return optax.piecewise_constant_schedule(config.peak_lr, decays)
-    after_warmup = {step - config.warmup_steps: factor for step, factor in decays.items()}
-    return optax.join_schedules(
-        [
-            optax.constant_schedule(config.warmup_lr),
-            optax.piecewise_constant_schedule(config.peak_lr, after_warmup),
-        ],
-        [config.warmup_steps],
-    )
+        return main
+    if config.warmup is Warmup.LINEAR:
+        warmup = optax.linear_schedule(config.warmup_lr, config.peak_lr, config.warmup_steps)
+    else:
+        warmup = optax.constant_schedule(config.warmup_lr)
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+def cosine(peak: float, final: float, steps: int) -> optax.Schedule:
+    """Half a cosine from `peak`, to reach `final` after so many steps.
+
+    Written as sin^2 of what is left, which is the same and keeps every digit down to the last
+    step: 1 + cos near -1 loses half of them.
+    """
+
+    def rate(step: ArrayLike) -> Array:
+        left = jnp.maximum(steps - step, 0) / steps
+        return final + (peak - final) * jnp.sin(jnp.pi / 2 * left) ** 2
+
+    return rate
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """`torch.optim.SGD(momentum, weight_decay)`: g += decay p; v = momentum v + g; p -= lr v.
 
     Not to be confused with decoupled decay (`optax.adamw`), which adds it after the momentum. As
     in PyTorch everything decays, BatchNorm's scale and bias included.
+
+    Args:
+        steps: of the whole run, for the learning rate.
     """
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.trace(config.momentum),
-        optax.scale_by_learning_rate(make_schedule(config)),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
     )

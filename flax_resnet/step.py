@@ -70,7 +70,7 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
         axis_name=AXIS if is_pmap and is_global else None,
         replicas=1 if is_pmap or is_global else num_devices,
     )
-    optimizer = make_optimizer(config.optim)
+    optimizer = make_optimizer(config.optim, config.train.steps)
     graphdef, params, batch_stats = split(model)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -44,7 +44,8 @@ def differences(steps: list[int]) -> list[float]:
     program, state = init(EXPERIMENT)
     twin = make_twin(EXPERIMENT.model, state.params, state.batch_stats)
     optimizer = make_optimizer(EXPERIMENT.optim, twin.parameters())
-    their_state = torch_step.TrainState(twin, optimizer, make_schedule(EXPERIMENT.optim, optimizer))
+    schedule = make_schedule(EXPERIMENT.optim, EXPERIMENT.train.steps, optimizer)
+    their_state = torch_step.TrainState(twin, optimizer, schedule)
     step_fn = jax.jit(
         lambda state, batch: train_step(program, state, batch),
         compiler_options=compiler_options(),

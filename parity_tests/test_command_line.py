@@ -11,7 +11,15 @@ import pytest
 from absl import flags
 
 from flax_resnet import cli, config_file, setting_flags
-from flax_resnet.config import DataConfig, Dataset, Experiment, ResNetConfig, Shortcut
+from flax_resnet.config import (
+    DataConfig,
+    Dataset,
+    Experiment,
+    ResNetConfig,
+    Schedule,
+    Shortcut,
+    TrainConfig,
+)
 from flax_resnet.data import source
 from flax_resnet.errors import CheckpointError, ConfigError
 from flax_resnet.parallel import sharding
@@ -32,6 +40,12 @@ ROOT = Path(__file__).parent.parent
             (5, 3),
             "optim.boundaries must rise, all after optim.warmup_steps (0)",
         ),
+        ("optim.final_lr", 0.2, "optim.final_lr must be 0 to optim.peak_lr (0.1), got 0.2"),
+        (
+            "optim.final_lr",
+            0.01,
+            "optim.final_lr must be 0 without optim.schedule=cosine, got 0.01",
+        ),
         ("train.steps", 0, "train.steps must be at least 1, got 0"),
         ("seed", -1, "seed must be 0 to 2^63 - 1, got -1"),
     ],
@@ -49,33 +63,18 @@ def test_a_setting_that_breaks_a_rule(setting: str, value: object, message: str)
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture
-def fresh_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has defined none yet."""
-    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
-    monkeypatch.setattr(setting_flags, "own_flags", {})
+from flax_resnet import cli, config_file, setting_flags
+from flax_resnet.config import (
+    DataConfig,
+    Dataset,
+    Experiment,
+    ResNetConfig,
+    Schedule,
+    Shortcut,
+    TrainConfig,
+)
 
 
-def trained(*arguments: str) -> Experiment:
-    """What `train_flax.py` would train, with quickstart where the arguments have no --config."""
-    config = cli.define_config(default="quickstart")
-    assert cli.parse_flags(["train_flax.py", *arguments]) == ["train_flax.py"]
-    with jax.enable_x64(True):  # which `cli.checked` switches off
-        return cli.guarded(lambda: cli.experiment(config))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The line that is printed in the place of training."""
-    with pytest.raises(SystemExit) as stop:
-        trained(*arguments)
-    assert stop.value.code == 2
-    out, line = capsys.readouterr()
-    assert out == ""
-    assert re.fullmatch("error: .*\n", line)
-    return line.removeprefix("error: ").rstrip("\n")
-
-
-@pytest.mark.usefixtures("fresh_flags")
 @pytest.mark.parametrize(
     ("arguments", "path", "held"),
     [

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flax_resnet.config import Schedule, Warmup
 from flax_resnet.errors import ResultsError
 from flax_resnet.studies import figures, tables
 from flax_resnet.studies.groups import Group, group_runs
@@ -92,6 +93,16 @@ def test_a_row_says_what_is_less_than_the_papers(tmp_path: Path) -> None:
     assert row[1] == "**1,500 of 64,000**, rate ÷ 10 at 750 and 1,125"
     assert row[2] == "**reduced** CIFAR-10: 49,483 + 9,886 images"
     assert row[3] == "**8.10**"  # one run has no deviation
+
+
+def test_a_row_says_which_options_are_on() -> None:
+    (job,) = make_jobs(STUDIES["depth"], ["A-110"])
+    config = job.config
+    assert tables.schedule(config) == "64,000, first 400 at 0.01"
+    config.optim.schedule, config.optim.warmup = Schedule.COSINE, Warmup.LINEAR
+    config.train.steps = 9000
+    text = "**9,000 of 64,000**, cosine to 0, first 400 rising from 0.01"
+    assert tables.schedule(config) == text
 
 
 def test_runs_of_other_steps_are_no_seeds_of_each_other(runs: Path) -> None:

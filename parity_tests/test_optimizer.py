@@ -1,8 +1,15 @@
-"""Claim: the optimizer is `torch.optim.SGD` and the schedule `MultiStepLR`, at every step.
+"""Claim: the optimizer is `torch.optim.SGD` and the schedule PyTorch's, at every step.
 
 In float64 the rate is PyTorch's to the bit at each of 64,000 steps. In float32, JAX's default mode,
 optax multiplies in float32 what PyTorch multiplies in float64 on the host: one rounding more, so
 ours may be 1 ulp from float32(theirs) (measured: 1 ulp, 7.1e-8, after a drop; 0 before).
+
+A cosine or a linear warm-up is no product of constants. PyTorch goes from each rate to the next, so
+its roundings add up (over 64,000 steps to 3.5e-14 of the peak, which is also how far it is from its
+own closed form); ours is within 1e-13 of the peak (measured over 8,000 steps: 4.1e-15). In float32
+within 1e-6 of the rate itself, down to the last and smallest (measured: 4.7e-7). The mildest mutant
+is 1.2e-4 of the peak away. A cosine as it is usually written, 1 + cos, is a fifth off at the last
+step in float32.
 
 Weights and momentum, at each of 40 steps on the same gradients, differ only by the rounding of a
 few additions: in float64 within 1e-13 relative (measured: 5.2e-16), in float32 within 2e-6
@@ -12,7 +19,7 @@ hundred too large, is 8.6e-6 away in the weights, the next 7.4e-4.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +27,7 @@ import numpy as np
 import optax
 import pytest
 
-from flax_resnet.config import DType, OptimConfig, ResNetConfig, Shortcut
+from flax_resnet.config import DType, OptimConfig, ResNetConfig, Schedule, Shortcut, Warmup
 from flax_resnet.nn.scan import Tree
 from flax_resnet.optim import make_optimizer, make_schedule
 from flax_resnet.weights.trees import tree_to_torch
@@ -30,16 +37,26 @@ from torch_ref import optim as twin
 STEPS = 40
 CONFIG = OptimConfig(boundaries=(15, 25), warmup_steps=5)  # 0.01, 0.1, 0.01, 0.001
 PAPER = {"paper": OptimConfig(), "paper, ResNet-110": OptimConfig(warmup_steps=400)}
+LENGTH = 8000  # in steps, of the schedules that follow
+COSINE = OptimConfig(schedule=Schedule.COSINE, final_lr=0.001, warmup_steps=400)
+CURVED = {
+    "cosine": OptimConfig(schedule=Schedule.COSINE),
+    "cosine to 0.001, constant warm-up": COSINE,
+    "cosine, linear warm-up": dataclasses.replace(COSINE, warmup=Warmup.LINEAR, final_lr=0.0),
+    "drops, linear warm-up": OptimConfig(
+        boundaries=(4000, 6000), warmup=Warmup.LINEAR, warmup_steps=400
+    ),
+}
 TOLERANCE = {DType.FLOAT64: 1e-13, DType.FLOAT32: 2e-6}
 
 
 def our_rates(config: OptimConfig, steps: int) -> np.ndarray:
-    return np.asarray(jax.jit(jax.vmap(make_schedule(config)))(jnp.arange(steps)))
+    return np.asarray(jax.jit(jax.vmap(make_schedule(config, steps)))(jnp.arange(steps)))
 
 
 def their_rates(config: OptimConfig, steps: int) -> np.ndarray:
     optimizer = twin.make_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
-    schedule = twin.make_schedule(config, optimizer)
+    schedule = twin.make_schedule(config, steps, optimizer)
     rates = np.empty(steps)
     for step in range(steps):
         rates[step] = optimizer.param_groups[0]["lr"]
@@ -60,7 +77,7 @@ class Run(NamedTuple):
 def their_run(dtype: DType) -> Run:
     pair = make_pair(ResNetConfig.paper(8, Shortcut.B, dtype=dtype))
     optimizer = twin.make_optimizer(CONFIG, pair.twin.parameters())
-    schedule = twin.make_schedule(CONFIG, optimizer)
+    schedule = twin.make_schedule(CONFIG, STEPS, optimizer)
     named = dict(pair.twin.named_parameters())
     rng = np.random.default_rng(0)
     run = Run(pair.params, [], [])
@@ -138,10 +155,48 @@ def test_a_boundary_off_by_one_fails(config: OptimConfig, rates: np.ndarray, lat
         assert (our_rates(mutant, 64_000) != rates).sum() == 1
 
 
+@pytest.mark.parametrize("name", CURVED)
+def test_a_cosine_and_a_linear_warm_up_are_pytorchs_at_each_of_8000_steps(name: str) -> None:
+    config = CURVED[name]
+    theirs = their_rates(config, LENGTH)
+    ours = our_rates(config, LENGTH)
+    assert np.abs(ours - theirs).max() <= 1e-13 * config.peak_lr
+    with jax.enable_x64(False):
+        ours = our_rates(config, LENGTH)
+    assert ours.dtype == np.float32
+    assert (np.abs(ours - theirs) / theirs).max() <= 1e-6
+
+
+RATES: dict[str, dict[str, Any]] = {
+    "a step longer": {"steps": LENGTH + 1},
+    "a warm-up step more": {"warmup_steps": 401},
+    "linear warm-up": {"warmup": Warmup.LINEAR},
+    "to 0": {"final_lr": 0.0},
+    "piecewise": {"schedule": Schedule.PIECEWISE, "final_lr": 0.0},
+}
+
+
+@pytest.mark.parametrize("mutant", RATES.values(), ids=RATES)
+def test_another_cosine_fails(mutant: dict[str, Any]) -> None:
+    steps = mutant.get("steps", LENGTH)
+    changes = {name: value for name, value in mutant.items() if name != "steps"}
+    right = our_rates(COSINE, LENGTH)
+    wrong = our_rates(dataclasses.replace(COSINE, **changes), steps)[:LENGTH]
+    assert np.abs(wrong - right).max() > 1e-5 * COSINE.peak_lr
+
+
+def test_a_cosine_written_as_1_plus_cos_fails_in_float32() -> None:
+    config = CURVED["cosine"]
+    right = our_rates(config, LENGTH)
+    with jax.enable_x64(False):
+        wrong = jax.vmap(optax.cosine_decay_schedule(config.peak_lr, LENGTH))(jnp.arange(LENGTH))
+    assert (np.abs(wrong - right) / right).max() > 1e-3
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: d.value)
 def test_weights_and_momentum_are_pytorchs_through_warm_up_and_both_drops(dtype: DType) -> None:
     with jax.enable_x64(dtype is DType.FLOAT64):
-        worst = difference(make_optimizer(CONFIG), dtype)
+        worst = difference(make_optimizer(CONFIG, STEPS), dtype)
     assert max(worst.values()) <= TOLERANCE[dtype]
 
 
@@ -153,7 +208,7 @@ def chain(
     parts = {
         "decay": optax.add_decayed_weights(config.weight_decay),
         "momentum": optax.trace(config.momentum, nesterov),
-        "rate": optax.scale_by_learning_rate(make_schedule(config)),
+        "rate": optax.scale_by_learning_rate(make_schedule(config, STEPS)),
         "decay by itself": optax.add_decayed_weights(-config.weight_decay),
     }
     return optax.chain(*(parts[name] for name in order))

@@ -33,7 +33,12 @@ ONE_SIDED = {  # and why; a class or function stands for all that is in it
         "bias_init": "how PyTorch's layers start by themselves, or zero",
         "zero_bias": "what bias_init gives to a layer that is to be made",
     },
-    "optim": {"make_schedule.optimizer": HELD, "make_optimizer.params": HELD},
+    "optim": {
+        "make_schedule.optimizer": HELD,
+        "cosine": "PyTorch has one",
+        "make_optimizer.steps": HELD,
+        "make_optimizer.params": HELD,
+    },
     "step": {
         "Metrics.zeros": LOG,
         "Metrics.plus": LOG,

@@ -40,7 +40,7 @@ def init(config: Experiment) -> TrainState:
     torch.manual_seed(config.seed)
     model = ResNet(config.model)
     optimizer = make_optimizer(config.optim, model.parameters())
-    return TrainState(model, optimizer, make_schedule(config.optim, optimizer))
+    return TrainState(model, optimizer, make_schedule(config.optim, config.train.steps, optimizer))
 
 
 def train_step(state: TrainState, batch: Batch) -> Metrics:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resnet.config import Experiment, OptimConfig, Stem, TrainConfig
+from flax_resnet.config import Experiment, OptimConfig, Schedule, Stem, TrainConfig, Warmup
 from flax_resnet.errors import ResultsError
 from flax_resnet.studies.groups import Group, data_of, group_runs
 from flax_resnet.studies.published import PUBLISHED
@@ -111,13 +111,18 @@ def schedule(config: Experiment) -> str:
     """The number of steps; where that is not the recipe's, also what became of the schedule."""
     optim, steps = config.optim, config.train.steps
     full = TANJEFFREYZ_STEPS if config.model.stem is Stem.CONV else TrainConfig().steps
-    text = f"{steps:,}"
-    if (steps, optim.boundaries) != (full, OptimConfig().boundaries):
+    text, rate = f"{steps:,}", ""
+    if optim.schedule is Schedule.COSINE:
+        rate = f"cosine to {optim.final_lr:g}"
+    elif (steps, optim.boundaries) != (full, OptimConfig().boundaries):
         drops = [f"{boundary:,}" for boundary in optim.boundaries if boundary < steps]
         rate = f"rate ÷ {1 / optim.decay_factor:g} at {' and '.join(drops)}"
-        text = f"**{text} of {full:,}**, {rate if drops else 'rate constant'}"
+        rate = rate if drops else "rate constant"
+    if rate:
+        text = f"**{text} of {full:,}**, {rate}"
     if optim.warmup_steps:
-        text += f", first {optim.warmup_steps} at {optim.warmup_lr}"
+        how = "rising from" if optim.warmup is Warmup.LINEAR else "at"
+        text += f", first {optim.warmup_steps} {how} {optim.warmup_lr}"
     return text
 
 

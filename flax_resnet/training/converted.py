@@ -31,7 +31,8 @@ def write_workdir(target: Path, imported: Imported, preprocess: Preprocess) -> N
     config = Experiment(model=imported.config, data=DataConfig(preprocess=preprocess))
     params, batch_stats = jax.tree.map(jnp.array, (imported.params, imported.batch_stats))
     step = jnp.array(imported.step, jnp.int32)
-    optimizer = optax.tree.set(make_optimizer(config.optim).init(params), count=step)
+    optimizer = make_optimizer(config.optim, config.train.steps).init(params)
+    optimizer = optax.tree.set(optimizer, count=step)
     state = TrainState(step, params, batch_stats, optimizer, Metrics.zeros())
 
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -53,7 +53,7 @@ class Reporter:
         checkpoints: Checkpoints,
     ):
         self.settings = config.train
-        self.learning_rate = make_schedule(config.optim)
+        self.learning_rate = make_schedule(config.optim, config.train.steps)
         # The validation split, if any, comes last, and so decides which checkpoint is the best.
         self.examples = {
             name: examples[name] for name in ("test", "validation") if name in examples
