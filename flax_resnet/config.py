@@ -278,13 +278,20 @@ class DataConfig(Settings, group="data"):
     preprocess: Preprocess = Preprocess.MEAN_IMAGE
     pad: int = 4  # zeros around a training image before the random crop; 0: no crop
     flip: bool = True
+    # mixup: each image is blended with another, in a share drawn from Beta(mixup, mixup); 0: never
+    mixup: float = 0.0
+    # CutMix: a box of each image comes from another, of a size drawn from Beta(cutmix, cutmix);
+    # 0: never; with mixup: a coin says for each batch which of the two
+    cutmix: float = 0.0
     validation: int = 0  # training examples held out; the paper's 45k/5k split: 5000
 
     def validate(self) -> None:
-        """Raises ConfigError for negative numbers, and for an empty directory."""
+        """Raises ConfigError for numbers out of range, and for an empty directory."""
         require(self.dir != "", "data.dir", "a directory, or none for the default", self.dir)
         require(0 <= self.pad <= 32, "data.pad", "0 to 32 pixels", self.pad)
         require(self.validation >= 0, "data.validation", "0 or more examples", self.validation)
+        for name, alpha in {"data.mixup": self.mixup, "data.cutmix": self.cutmix}.items():
+            require(alpha == 0 or 1e-3 <= alpha <= 1e3, name, "0, or 0.001 to 1000", alpha)
 
 
 @dataclass
@@ -345,16 +352,20 @@ class TrainConfig(Settings, group="train"):
 
     steps: int = 64_000
     steps_per_call: int | None = None  # in one program; None: 1 on a CPU, else up to a log line
-    batch_size: int = 128
+    batch_size: int = 128  # images of a step
+    accumulate: int = 1  # micro-batches that a step's batch is divided into, to need less memory
+    label_smoothing: float = 0.0  # part of a label that is spread evenly over all classes
     eval_batch_size: int = 1000
     log_every: int = 100
     evaluate_every: int = 1000
     checkpoint_every: int = 1000
 
     def validate(self) -> None:
-        """Raises ConfigError unless every number is at least 1, and can be counted."""
+        """Raises ConfigError for numbers out of range, or too large to count, and unequal parts."""
+        smoothing, rule = self.label_smoothing, "in [0, 1)"
+        require(0 <= smoothing < 1, "train.label_smoothing", rule, smoothing)
         for name, value in dataclasses.asdict(self).items():
-            if value is not None:
+            if value is not None and name != "label_smoothing":
                 require(value >= 1, f"train.{name}", "at least 1", value)
         require(self.steps <= LAST_STEP, "train.steps", f"at most {LAST_STEP}", self.steps)
         for name in ("batch_size", "eval_batch_size"):
@@ -364,6 +375,9 @@ class TrainConfig(Settings, group="train"):
         most = min(MOST_SUMMANDS, LAST_STEP // self.batch_size)
         rule = f"at most {most}, over which a line of the log can be summed"
         require(min(self.log_every, self.steps) <= most, "train.log_every", rule, self.log_every)
+        rule = f"a divisor of train.batch_size ({self.batch_size})"
+        is_divisor = self.batch_size % self.accumulate == 0
+        require(is_divisor, "train.accumulate", rule, self.accumulate)
 
 
 @dataclass

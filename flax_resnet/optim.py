@@ -30,10 +30,15 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     if not config.warmup_steps:
         return main
     if config.warmup is Warmup.LINEAR:
-        warmup = optax.linear_schedule(config.warmup_lr, config.peak_lr, config.warmup_steps)
+        warmup = linear(config.warmup_lr, config.peak_lr, config.warmup_steps)
     else:
         warmup = optax.constant_schedule(config.warmup_lr)
     return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def linear(first: float, last: float, steps: int) -> optax.Schedule:
+    """A straight line from `first`, to reach `last` after so many steps."""
+    return lambda step: first + (last - first) * fraction(step, steps)
 
 
 def cosine(peak: float, final: float, steps: int) -> optax.Schedule:
@@ -44,10 +49,15 @@ def cosine(peak: float, final: float, steps: int) -> optax.Schedule:
     """
 
     def rate(step: ArrayLike) -> Array:
-        left = jnp.maximum(steps - step, 0) / steps
+        left = fraction(jnp.maximum(steps - step, 0), steps)
         return final + (peak - final) * jnp.sin(jnp.pi / 2 * left) ** 2
 
     return rate
+
+
+def fraction(step: ArrayLike, steps: int) -> Array:
+    """step / steps, in float64 where that is on: JAX's own quotient of int32 is a float32."""
+    return jnp.asarray(step, float) / steps
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

@@ -54,6 +54,8 @@ class Program(NamedTuple):
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
     axis_name: str | None  # of the `pmap` that train_step runs under
+    label_smoothing: float  # of the training loss
+    accumulate: int  # micro-batches of a step
 
 
 def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]:
@@ -79,7 +81,15 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
         opt_state=optimizer.init(params),
         metrics=Metrics.zeros(),
     )
-    return Program(graphdef, optimizer, AXIS if is_pmap else None), state
+    settings = config.train
+    program = Program(
+        graphdef,
+        optimizer,
+        AXIS if is_pmap else None,
+        settings.label_smoothing,
+        settings.accumulate,
+    )
+    return program, state
 
 
 def key_of(seed: int) -> Array:
@@ -97,15 +107,7 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     Under `pmap`, `batch` is the device's share, all shares being equal; everything else, results
     included, is the same on every device.
     """
-
-    def loss_fn(params: Tree) -> tuple[Float[Array, ""], tuple[Tree, Metrics]]:
-        # copy: BatchNorm writes its statistics, and `state` is not ours to write.
-        model = nnx.merge(program.graphdef, params, state.batch_stats, copy=True)
-        metrics = measure(model(batch.image), batch.label)
-        batch_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        return metrics.loss / metrics.examples, (batch_stats, metrics)
-
-    grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    grads, batch_stats, metrics = accumulated_gradient(program, state, batch)
     if program.axis_name is not None:
         grads, batch_stats = jax.lax.pmean((grads, batch_stats), program.axis_name)
         metrics = jax.lax.psum(metrics, program.axis_name)
@@ -120,6 +122,51 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     return state, metrics
 
 
+def accumulated_gradient(
+    program: Program, state: TrainState, batch: Batch
+) -> tuple[Tree, Tree, Metrics]:
+    """The gradient of the mean loss, BatchNorm's new statistics, and the metrics.
+
+    Micro-batches go through the network one after another. Each is normalised by its own
+    statistics, and the running ones move a little at each, as in PyTorch's loop of `backward`s.
+    """
+
+    def gradient(batch_stats: Tree, batch: Batch) -> tuple[Tree, Tree, Metrics]:
+        def loss_fn(params: Tree) -> tuple[Float[Array, ""], tuple[Tree, Metrics]]:
+            # copy: BatchNorm writes its statistics, and `state` is not ours to write.
+            model = nnx.merge(program.graphdef, params, batch_stats, copy=True)
+            image, label, other, share = batch
+            metrics = measure(model(image), label, other, share, program.label_smoothing)
+            new_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return metrics.loss / metrics.examples, (new_stats, metrics)
+
+        grads, (new_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+        return grads, new_stats, metrics
+
+    if program.accumulate == 1:
+        return gradient(state.batch_stats, batch)
+
+    def add(carry: tuple[Tree, Tree], micro_batch: Batch) -> tuple[tuple[Tree, Tree], Metrics]:
+        total, batch_stats = carry
+        grads, batch_stats, metrics = gradient(batch_stats, micro_batch)
+        total = jax.tree.map(lambda a, b: a + b / program.accumulate, total, grads)
+        return (total, batch_stats), metrics
+
+    start = jax.tree.map(jnp.zeros_like, state.params), state.batch_stats
+    parts = micro_batches(batch, program.accumulate)
+    (grads, batch_stats), metrics = jax.lax.scan(add, start, parts)
+    return grads, batch_stats, jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), metrics)
+
+
+def micro_batches(batch: Batch, accumulate: int) -> Batch:
+    """So many batches, stacked: the i-th has every so many-th example from the i-th on.
+
+    A device's share of the batch then consists of its shares of them: no example has to move, and
+    they are the same however many devices there are.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
 def eval_step(program: Program, params: Tree, batch_stats: Tree, batch: Batch) -> Metrics:
     """Loss and errors of `batch` under the running statistics."""
     model = nnx.merge(program.graphdef, params, batch_stats, copy=True)
@@ -127,10 +174,34 @@ def eval_step(program: Program, params: Tree, batch_stats: Tree, batch: Batch) -
     return measure(model(batch.image), batch.label)
 
 
-def measure(logits: Float[Array, "b classes"], label: Int[Array, " b"]) -> Metrics:
-    """Summed cross-entropy and errors of the examples that are not padding."""
+def measure(
+    logits: Float[Array, "b classes"],
+    label: Int[Array, " b"],
+    other: Int[Array, " b"] | None = None,
+    share: Float[Array, " b"] | None = None,
+    label_smoothing: float = 0.0,
+) -> Metrics:
+    """Summed cross-entropy and errors of the examples that are not padding.
+
+    Args:
+        other: the second class of mixed images, whose right answer is the class of the larger
+            share; of two halves it is `label`.
+        share: of `label`.
+        label_smoothing: `torch.nn.CrossEntropyLoss`'s; of the loss alone.
+    """
     valid = label >= 0
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+    target = jnp.maximum(label, 0)
+    if other is None and not label_smoothing:
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    else:
+        classes = logits.shape[-1]
+        target = jax.nn.one_hot(target, classes, dtype=logits.dtype)
+        if other is not None and share is not None:
+            part = share[:, None]
+            target = part * target + (1 - part) * jax.nn.one_hot(other, classes, dtype=logits.dtype)
+            label = jnp.where(share >= 0.5, label, other)
+        target = (1 - label_smoothing) * target + label_smoothing / classes
+        loss = optax.softmax_cross_entropy(logits, target)
     wrong = logits.argmax(-1) != label
     return Metrics(
         jnp.where(valid, loss, 0).sum(),

@@ -9,9 +9,18 @@ the same two numbers. The others also scale and divide, which XLA contracts to f
 PyTorch makes, and OWN_MEAN sums each image in another order: within 4 ulp of the largest pixel
 (measured: 3 for OWN_MEAN, 2 for the others). In float64 all within 1e-15 relative (measured:
 5.2e-16, and 0 for the paper's).
+
+Mixup and CutMix are torchvision's `v2.MixUp` and `v2.CutMix`, given the same Beta and box. Their
+formulas are written here by hand, from the source of torchvision 0.28, whose wheel wants a CUDA
+build of PyTorch. (With that part of it left out, its own classes gave the twin's pixels and targets
+to the bit, in 360 batches.) CutMix copies, so ours are the same to the bit; a blend is a product
+and a sum, which XLA contracts: within the bounds above (measured: 1 ulp, 2.2e-16).
 """
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +37,9 @@ from flax_resnet.step import eval_step, init
 from flax_resnet.training import evaluation
 
 CONFIG = DataConfig()
+MIXED = DataConfig(mixup=0.5, cutmix=1.0)
+SHARES = (0.513573, 0.6875, 0.047428608, 0.44653258)  # of MIXED, seed 1, steps 0 to 3
+BOXES = ((0, 0, 0, 0), (8, 0, 28, 16), (0, 0, 0, 0), (0, 0, 0, 0))
 every_preprocess = pytest.mark.parametrize("preprocess", Preprocess, ids=lambda p: p.value)
 OFFSETS = [(down, right) for down in range(9) for right in range(9)]
 
@@ -205,7 +217,7 @@ def test_a_mutant_shows_pytorch_other_pixels(mutant: str) -> None:
 def draws(config: DataConfig = CONFIG, seed: int = 0, steps: int = 1000) -> Draw:
     """Those of many steps, one after the other."""
     parts = [order.draw(config, seed, step, 128, 1000) for step in range(steps)]
-    return Draw(*map(np.concatenate, zip(*parts, strict=True)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def uniformity(offset: np.ndarray, flip: np.ndarray) -> dict[str, float]:
@@ -271,9 +283,11 @@ def test_a_mutant_that_draws_with_replacement_fails(monkeypatch: pytest.MonkeyPa
     assert (np.sort(epochs(7, 50)) != np.arange(50)).any()
 
 
-def test_a_draw_is_a_pure_function_of_seed_and_step() -> None:
+@pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["plain", "mixed"])
+def test_a_draw_is_a_pure_function_of_seed_and_step(config: DataConfig) -> None:
     def draw(seed: int, step: int) -> bytes:
-        return b"".join(x.tobytes() for x in order.draw(CONFIG, seed, step, 128, 1000))
+        drawn = jax.tree.leaves(order.draw(config, seed, step, 128, 1000))
+        return b"".join(x.tobytes() for x in drawn)
 
     pairs = [(seed, step) for seed in range(5) for step in range(20)]
     first = {at: draw(*at) for at in pairs}
@@ -288,7 +302,7 @@ def raw_numbers() -> np.ndarray:
     raw = [
         order.random_integers(seed, stream, step, 3 * 128)
         for seed in range(2)
-        for stream in (order.ORDER, order.AUGMENTATION)
+        for stream in (order.ORDER, order.AUGMENTATION, order.MIX, order.SHARE)
         for step in range(200)
     ]
     return np.concatenate(raw)
@@ -299,10 +313,10 @@ def test_no_two_steps_share_their_random_numbers() -> None:
 
 
 def test_a_mutant_whose_counters_overlap_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def overlapping(seed: int, stream: int, counter: int, size: int) -> np.ndarray:
-        return np.random.Philox(key=[seed, stream], counter=[counter, 0, 0, 0]).random_raw(size)
+    def overlapping(seed: int, stream: int, counter: int) -> np.random.Philox:
+        return np.random.Philox(key=[seed, stream], counter=[counter, 0, 0, 0])
 
-    monkeypatch.setattr(order, "random_integers", overlapping)
+    monkeypatch.setattr(order, "philox", overlapping)
     assert len(np.unique(raw_numbers())) < len(raw_numbers()) / 10
 
 
@@ -313,6 +327,173 @@ def test_a_draw_is_the_same_for_ever() -> None:
     np.testing.assert_array_equal(drawn.flip, [False, True, False, False])
     many = order.draw(CONFIG, seed=1, step=2, batch_size=64, num_examples=64)
     assert np.packbits(many.flip).tobytes().hex() == "e05df0b9bb5c7116"
+    shares, boxes = zip(*(order.draw_share(MIXED, 1, step) for step in range(4)), strict=True)
+    np.testing.assert_allclose(shares, SHARES, rtol=1e-6)  # pow and log are the system's
+    assert boxes == BOXES
+
+
+# --- Mixtures -------------------------------------------------------------------------------------
+
+
+def test_nothing_is_mixed_unless_asked_for_and_else_the_rest_is_the_same() -> None:
+    plain = draws(steps=10)
+    assert plain.mix is None
+    for name in ("mixup", "cutmix"):
+        mixed = draws(DataConfig(**{name: 1.0}), steps=10)
+        assert mixed.mix is not None
+        for a, b in zip(mixed[:3], plain[:3], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def box_by_hand(lam: float, r_x: int, r_y: int, height: int, width: int) -> tuple[int, ...]:
+    """As `v2.CutMix.make_params` has it: (x1, y1, x2, y2)."""
+    r = 0.5 * math.sqrt(1.0 - lam)
+    r_w_half, r_h_half = int(r * width), int(r * height)
+    x1, y1 = max(r_x - r_w_half, 0), max(r_y - r_h_half, 0)
+    return x1, y1, min(r_x + r_w_half, width), min(r_y + r_h_half, height)
+
+
+def test_every_box_is_torchvisions_and_its_share_what_it_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares = [float(np.float32(x)) for x in np.linspace(0, 1, 20)]
+    for lam, down, right in itertools.product(shares, range(0, 32, 3), range(32)):
+        x1, y1, x2, y2 = box_by_hand(lam, right, down, 32, 32)
+        assert order.cut_box(lam, down, right) == (y1, x1, y2, x2)
+    for box in ((0, 0, 0, 0), (8, 0, 28, 16), (0, 0, 32, 32), (31, 31, 32, 32)):
+        monkeypatch.setattr(order, "cut_box", lambda *_, box=box: box)
+        y1, x1, y2, x2 = box
+        lam_adjusted = 1.0 - (x2 - x1) * (y2 - y1) / (32 * 32)
+        assert order.draw_share(DataConfig(cutmix=1.0), 0, 0) == (lam_adjusted, box)
+
+
+def mix_by_hand(
+    image: np.ndarray, label: np.ndarray, share: float, box: np.ndarray, num_classes: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `v2.MixUp` and `v2.CutMix` do: the batch (b, h, w, 3) and its labels by one are rolled."""
+    rolled, target = np.roll(image, 1, 0), np.eye(num_classes)[label]
+    target = np.roll(target, 1, 0) * (1.0 - share) + target * share
+    top, left, bottom, right = box
+    if bottom > top and right > left:
+        mixed = image.copy()
+        mixed[:, top:bottom, left:right] = rolled[:, top:bottom, left:right]
+        return mixed, target
+    return rolled * image.dtype.type(1.0 - share) + image * image.dtype.type(share), target
+
+
+def target_of(batch: pixels.Batch) -> np.ndarray:
+    """(b, 10): the probabilities of the classes."""
+    one, two = np.eye(10)[np.array(batch.label)], np.eye(10)[np.array(batch.other)]
+    share = np.asarray(batch.share, np.float64)[:, None]
+    return share * one + (1 - share) * two
+
+
+def mixed_batches(dtype: str) -> Iterator[tuple[Draw, pixels.Batch, np.ndarray, np.ndarray]]:
+    """Of 12 steps: the draw, our batch, and the images and targets by hand of the same crops."""
+    examples = random_examples(300)
+    constants = pixels.make_normalization(CONFIG.preprocess, examples.image)
+
+    @jax.jit
+    def batch(examples: Examples, drawn: Draw) -> pixels.Batch:
+        return pixels.training_batch(examples, drawn, constants, 4, jnp.dtype(dtype))
+
+    image = examples.image.astype(dtype) - constants.mean.astype(dtype)
+    for step in range(12):
+        drawn = order.draw(MIXED, 3, step, 16, 300)
+        cut = by_hand(image[drawn.indices], drawn.offset, drawn.flip, 4)
+        share, box = float(drawn.mix.share[0]), drawn.mix.box[0]
+        yield (
+            drawn,
+            batch(examples, drawn),
+            *mix_by_hand(cut, examples.label[drawn.indices], share, box),
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_mixtures_are_torchvisions(dtype: str) -> None:
+    kinds = set()
+    for drawn, ours, image, target in mixed_batches(dtype):
+        is_cut = bool(drawn.mix.box.any())
+        kinds.add(is_cut)
+        assert ours.image.dtype == ours.share.dtype == dtype
+        largest = np.abs(image).max()
+        bound = 1e-15 * largest if dtype == "float64" else 4 * np.spacing(np.float32(largest))
+        assert np.abs(ours.image - image).max() <= (0 if is_cut else bound)
+        np.testing.assert_array_equal(target_of(ours), target)
+    assert kinds == {True, False}
+
+
+def test_the_twin_mixes_as_torchvision_does_to_the_bit() -> None:
+    torch = pytest.importorskip("torch", reason="the other side is PyTorch")
+    from torch_ref import pixels as twin
+
+    for step in range(12):
+        drawn = order.draw(MIXED, 3, step, 16, 300)
+        image = random_examples(16).image.astype("float32")
+        share, box = float(drawn.mix.share[0]), drawn.mix.box[0]
+        right, _ = mix_by_hand(image, np.zeros(16, int), share, box)
+        x = torch.tensor(image).permute(0, 3, 1, 2)
+        mixed = twin.mix(x, x.roll(1, 0), torch.tensor(drawn.mix.share), drawn.mix.box)
+        np.testing.assert_array_equal(mixed.permute(0, 2, 3, 1).numpy(), right)
+
+
+LARGER = np.array([0, 0, 1, 1])
+MIXES: dict[str, Callable[[Draw], dict[str, np.ndarray]]] = {
+    "shares swapped": lambda drawn: {"share": 1 - drawn.mix.share},
+    "the image after": lambda drawn: {"indices": np.roll(drawn.indices, -1)},
+    "cropped like the image itself": lambda drawn: {"offset": drawn.offset},
+    "box turned": lambda drawn: {"box": drawn.mix.box[:, [1, 0, 3, 2]]},
+    "box a pixel larger": lambda drawn: {"box": drawn.mix.box + drawn.mix.box.any() * LARGER},
+}
+
+
+@pytest.mark.parametrize("mutant", MIXES.values(), ids=MIXES)
+def test_a_mutant_mixes_something_else(mutant: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = order.draw
+
+    def mutated(*arguments: Any) -> Draw:
+        drawn = draw(*arguments)
+        return drawn._replace(mix=drawn.mix._replace(**mutant(drawn)))
+
+    right = [(image, target) for _, _, image, target in mixed_batches("float32")]
+    monkeypatch.setattr(order, "draw", mutated)
+    wrong = [batch for _, batch, _, _ in mixed_batches("float32")]
+    apart = [
+        np.abs(batch.image - image).max() for batch, (image, _) in zip(wrong, right, strict=True)
+    ]
+    assert max(apart) > 1
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_shares_are_betas_and_centres_uniform(
+    alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beta = stats.beta(alpha, alpha)
+    shares = [order.draw_share(DataConfig(mixup=alpha), 0, step)[0] for step in range(2000)]
+    assert stats.kstest(shares, beta.cdf).pvalue > 1e-4
+    assert stats.kstest(shares, stats.beta(alpha, 1.5 * alpha).cdf).pvalue < 1e-6  # the mutant
+
+    seen: list[tuple[float, int, int]] = []
+    monkeypatch.setattr(order, "cut_box", lambda *given: seen.append(given) or (0, 0, 0, 0))
+    for step in range(2000):
+        order.draw_share(DataConfig(cutmix=alpha), 0, step)
+    shares, down, right = zip(*seen, strict=True)
+    assert stats.kstest(shares, beta.cdf).pvalue > 1e-4
+    assert {float(np.float32(share)) for share in shares} == set(shares)
+    for at in (down, right):
+        assert stats.chisquare(np.bincount(at, minlength=32)).pvalue > 1e-4
+    together = np.bincount(np.array(down) // 4 * 8 + np.array(right) // 4, minlength=64)
+    assert stats.chisquare(together).pvalue > 1e-4
+
+
+def test_of_both_a_coin_says_which() -> None:
+    both = [order.draw_share(DataConfig(mixup=1.0, cutmix=0.5), 0, step) for step in range(500)]
+    cut = [order.draw_share(DataConfig(cutmix=0.5), 0, step) for step in range(500)]
+    blend = [order.draw_share(DataConfig(mixup=1.0), 0, step) for step in range(500)]
+    is_cut = np.array([one == other for one, other in zip(both, cut, strict=True)])
+    is_blend = np.array([one == other for one, other in zip(both, blend, strict=True)])
+    assert (is_cut ^ is_blend).all()
+    assert stats.binomtest(int(is_cut.sum()), 500).pvalue > 1e-4
 
 
 # --- Evaluation -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Claim: a user's mistake becomes one line that says the rule and the value, before any work."""
 
+import math
 import os
 import re
 import subprocess
@@ -8,17 +9,14 @@ from pathlib import Path
 
 import jax
 import pytest
-from absl import flags
 
-from flax_resnet import cli, config_file, setting_flags
+from flax_resnet import cli, config_file
 from flax_resnet.config import (
     DataConfig,
     Dataset,
     Experiment,
     ResNetConfig,
-    Schedule,
     Shortcut,
-    TrainConfig,
 )
 from flax_resnet.data import source
 from flax_resnet.errors import CheckpointError, ConfigError
@@ -47,6 +45,14 @@ ROOT = Path(__file__).parent.parent
             "optim.final_lr must be 0 without optim.schedule=cosine, got 0.01",
         ),
         ("train.steps", 0, "train.steps must be at least 1, got 0"),
+        (
+            "train.accumulate",
+            3,
+            "train.accumulate must be a divisor of train.batch_size (128), got 3",
+        ),
+        ("train.label_smoothing", 1.0, "train.label_smoothing must be in [0, 1), got 1.0"),
+        ("data.mixup", -0.1, "data.mixup must be 0, or 0.001 to 1000, got -0.1"),
+        ("data.cutmix", math.nan, "data.cutmix must be 0, or 0.001 to 1000, got nan"),
         ("seed", -1, "seed must be 0 to 2^63 - 1, got -1"),
     ],
 )
@@ -61,18 +67,6 @@ def test_a_setting_that_breaks_a_rule(setting: str, value: object, message: str)
         config.validate()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-from flax_resnet import cli, config_file, setting_flags
-from flax_resnet.config import (
-    DataConfig,
-    Dataset,
-    Experiment,
-    ResNetConfig,
-    Schedule,
-    Shortcut,
-    TrainConfig,
-)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,9 @@ def test_a_row_says_which_options_are_on() -> None:
     config.train.steps = 9000
     text = "**9,000 of 64,000**, cosine to 0, first 400 rising from 0.01"
     assert tables.schedule(config) == text
+    config.train.label_smoothing, config.data.cutmix, config.train.accumulate = 0.1, 1.0, 4
+    text += ", label smoothing 0.1, CutMix 1, 4 micro-batches each"
+    assert tables.schedule(config) == text
 
 
 def test_runs_of_other_steps_are_no_seeds_of_each_other(runs: Path) -> None:

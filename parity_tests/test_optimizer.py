@@ -51,7 +51,8 @@ TOLERANCE = {DType.FLOAT64: 1e-13, DType.FLOAT32: 2e-6}
 
 
 def our_rates(config: OptimConfig, steps: int) -> np.ndarray:
-    return np.asarray(jax.jit(jax.vmap(make_schedule(config, steps)))(jnp.arange(steps)))
+    counts = jnp.arange(steps, dtype=jnp.int32)  # as the optimizer counts, in float64 too
+    return np.asarray(jax.jit(jax.vmap(make_schedule(config, steps)))(counts))
 
 
 def their_rates(config: OptimConfig, steps: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What becomes of the pixels that a step sees; the draws are those of `flax_resnet/data/order.py`.
 
-Which examples, offsets and flips a step sees is NumPy's doing on the host, the same for both
-frameworks; only what is done with the pixels is mirrored here.
+Which examples, offsets, flips, shares and boxes a step sees is NumPy's doing on the host, the same
+for both frameworks; only what is done with the pixels is mirrored here.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,15 @@ from torch.nn import functional as F
 
 
 class Batch(NamedTuple):
-    """Preprocessed images (b, 3, h, w) and their classes (b,)."""
+    """Preprocessed images (b, 3, h, w) and their classes (b,).
+
+    A mixed image has two classes: `label` by its share, and `other` by the rest.
+    """
 
     image: Tensor
     label: Tensor
+    other: Tensor | None = None
+    share: Tensor | None = None
 
 
 def normalize(
@@ -48,3 +53,18 @@ def crop_and_flip(image: Tensor, offset: np.ndarray, flip: np.ndarray, pad: int)
     # (b, h, w, 3), and so (b, 3, h, w) in PyTorch's channels_last layout
     cut = padded.permute(0, 2, 3, 1)[examples, rows[:, :, None], columns[:, None, :]]
     return cut.permute(0, 3, 1, 2)
+
+
+def mix(image: Tensor, other: Tensor, share: Tensor, box: np.ndarray | Tensor) -> Tensor:
+    """Each image with its box (top, left, bottom, right) out of the other one: CutMix.
+
+    Where the box is empty, share image + (1 - share) other: mixup.
+    """
+    top, left, bottom, right = torch.as_tensor(box, device=image.device).T[:, :, None]
+    row, column = (torch.arange(size, device=image.device) for size in image.shape[2:])
+    rows, columns = (top <= row) & (row < bottom), (left <= column) & (column < right)
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    is_cut = ((top < bottom) & (left < right))[:, :, None, None]
+    share = share[:, None, None, None]
+    blend = image * share + other * (1 - share)
+    return torch.where(is_cut, torch.where(inside, other, image), blend)

@@ -24,11 +24,13 @@ class Metrics(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """A network, its optimizer and its schedule."""
+    """A network, its optimizer and its schedule; and the settings of a step."""
 
     model: ResNet
     optimizer: SGD
     schedule: LRScheduler
+    label_smoothing: float = 0.0
+    accumulate: int = 1
 
 
 def init(config: Experiment) -> TrainState:
@@ -40,18 +42,34 @@ def init(config: Experiment) -> TrainState:
     torch.manual_seed(config.seed)
     model = ResNet(config.model)
     optimizer = make_optimizer(config.optim, model.parameters())
-    return TrainState(model, optimizer, make_schedule(config.optim, config.train.steps, optimizer))
+    settings = config.train
+    schedule = make_schedule(config.optim, settings.steps, optimizer)
+    return TrainState(model, optimizer, schedule, settings.label_smoothing, settings.accumulate)
 
 
 def train_step(state: TrainState, batch: Batch) -> Metrics:
     """One SGD step; the metrics are those of `batch` before the step."""
     state.model.train()
-    metrics = measure(state.model(batch.image), batch.label)
     state.optimizer.zero_grad()
-    (metrics.loss / metrics.examples).backward()
+    parts: list[Metrics] = []
+    for image, label, other, share in micro_batches(batch, state.accumulate):
+        metrics = measure(state.model(image), label, other, share, state.label_smoothing)
+        (metrics.loss / metrics.examples / state.accumulate).backward()
+        parts.append(metrics._replace(loss=metrics.loss.detach()))
     state.optimizer.step()
     state.schedule.step()
-    return Metrics(metrics.loss.detach(), metrics.errors, metrics.examples)
+    loss, errors = (torch.stack(sums).sum() for sums in list(zip(*parts, strict=True))[:2])
+    return Metrics(loss, errors, len(batch.label))
+
+
+def micro_batches(batch: Batch, accumulate: int) -> list[Batch]:
+    """So many batches: the i-th has every so many-th example from the i-th on."""
+
+    def part(i: int) -> Batch:
+        rest = (None if x is None else x[i::accumulate] for x in (batch.other, batch.share))
+        return Batch(batch.image[i::accumulate], batch.label[i::accumulate], *rest)
+
+    return [part(i) for i in range(accumulate)]
 
 
 @torch.no_grad()
@@ -61,7 +79,18 @@ def eval_step(model: ResNet, batch: Batch) -> Metrics:
     return measure(model(batch.image), batch.label)
 
 
-def measure(logits: Tensor, label: Tensor) -> Metrics:
-    """Summed cross-entropy and errors."""
-    loss = F.cross_entropy(logits, label, reduction="sum")
+def measure(
+    logits: Tensor,
+    label: Tensor,
+    other: Tensor | None = None,
+    share: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Metrics:
+    """Summed cross-entropy and errors; mixed images are measured by the class of larger share."""
+    target = label
+    if other is not None and share is not None:
+        one, two = (F.one_hot(x, logits.shape[1]).to(logits.dtype) for x in (label, other))
+        target = share[:, None] * one + (1 - share[:, None]) * two
+        label = torch.where(share >= 0.5, label, other)
+    loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
     return Metrics(loss, (logits.argmax(1) != label).sum(), len(label))

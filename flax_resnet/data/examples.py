@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+SIZE = 32  # of an image's side, in pixels
+
 
 class Examples(NamedTuple):
     """The images and labels of one split, in the order of the original archive."""

@@ -1,7 +1,7 @@
-"""What becomes of the pixels that a step sees: numbers, cropped and mirrored.
+"""What becomes of the pixels that a step sees: numbers, cropped, mirrored and mixed.
 
-Runs inside the compiled step, on the device. Which examples, crops and flips a step sees is drawn
-on the host (`order.py`).
+Runs inside the compiled step, on the device. Which examples, crops, flips and mixtures a step sees
+is drawn on the host (`order.py`).
 """
 
 import base64
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from flax_resnet.config import Preprocess
 from flax_resnet.data.examples import Examples
-from flax_resnet.data.order import Draw
+from flax_resnet.data.order import Draw, Mix
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,10 +23,15 @@ FROM_TRAINING_IMAGES = (Preprocess.MEAN_IMAGE, Preprocess.STANDARDIZE)
 
 
 class Batch(NamedTuple):
-    """Preprocessed images and their classes; label -1 marks padding, which counts nowhere."""
+    """Preprocessed images and their classes; label -1 marks padding, which counts nowhere.
+
+    A mixed image has two classes: `label` by its share, and `other` by the rest.
+    """
 
     image: Float[Array, "b h w 3"]
     label: Int[Array, " b"]
+    other: Int[Array, " b"] | None = None
+    share: Float[Array, " b"] | None = None
 
 
 class Normalization(NamedTuple):
@@ -111,14 +116,44 @@ def crop_and_flip(
     return jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
 
 
+def mix(
+    image: Float[Array, "b h w 3"],
+    other: Float[Array, "b h w 3"],
+    share: Float[Array, " b"],
+    box: Int[Array, "b 4"],
+) -> Float[Array, "b h w 3"]:
+    """Each image with its box (top, left, bottom, right) out of the other one: CutMix.
+
+    Where the box is empty, share image + (1 - share) other: mixup.
+    """
+    top, left, bottom, right = (side[:, None] for side in box.T)
+    row, column = (jnp.arange(size)[None] for size in image.shape[1:3])
+    rows, columns = (top <= row) & (row < bottom), (left <= column) & (column < right)
+    inside = rows[:, :, None, None] & columns[:, None, :, None]
+    is_cut = ((top < bottom) & (left < right))[:, :, None, None]
+    share = share[:, None, None, None]
+    blend = image * share + other * (1 - share)
+    return jnp.where(is_cut, jnp.where(inside, other, image), blend)
+
+
 def training_batch(
     examples: Examples, drawn: Draw, constants: Normalization, pad: int, dtype: DTypeLike
 ) -> Batch:
-    """The examples that `drawn` names, cropped and mirrored as it says. Runs inside `jit`."""
-    indices, offset, flip = map(jnp.asarray, drawn)
-    image, label = map(jnp.asarray, examples)
-    image = normalize(image[indices], constants, dtype)
-    return Batch(crop_and_flip(image, offset, flip, pad), label[indices])
+    """The examples that `drawn` names, cropped, mirrored and mixed. Runs inside `jit`."""
+
+    def seen(drawn: Draw | Mix) -> Batch:
+        indices, offset, flip = map(jnp.asarray, drawn[:3])
+        image, label = map(jnp.asarray, examples)
+        image = normalize(image[indices], constants, dtype)
+        return Batch(crop_and_flip(image, offset, flip, pad), label[indices])
+
+    batch = seen(drawn)
+    if drawn.mix is None:
+        return batch
+    other = seen(drawn.mix)
+    share = jnp.asarray(drawn.mix.share, dtype)
+    image = mix(batch.image, other.image, share, jnp.asarray(drawn.mix.box))
+    return Batch(image, batch.label, other.label, share)
 
 
 def evaluation_batch(

@@ -108,7 +108,10 @@ def spread(values: np.ndarray) -> str:
 
 
 def schedule(config: Experiment) -> str:
-    """The number of steps; where that is not the recipe's, also what became of the schedule."""
+    """The number of steps; where that is not the recipe's, also what became of the schedule.
+
+    And what else of the recipe is an option that is on.
+    """
     optim, steps = config.optim, config.train.steps
     full = TANJEFFREYZ_STEPS if config.model.stem is Stem.CONV else TrainConfig().steps
     text, rate = f"{steps:,}", ""
@@ -123,6 +126,14 @@ def schedule(config: Experiment) -> str:
     if optim.warmup_steps:
         how = "rising from" if optim.warmup is Warmup.LINEAR else "at"
         text += f", first {optim.warmup_steps} {how} {optim.warmup_lr}"
+    options = {
+        "label smoothing": config.train.label_smoothing,
+        "mixup": config.data.mixup,
+        "CutMix": config.data.cutmix,
+    }
+    text += "".join(f", {name} {value:g}" for name, value in options.items() if value)
+    if config.train.accumulate > 1:
+        text += f", {config.train.accumulate} micro-batches each"
     return text
 
 

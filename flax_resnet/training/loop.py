@@ -54,7 +54,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
     source.check_classes(config.data, config.model.num_classes)
     keep_memory()
     mesh = sharding.data_mesh()
-    sharding.check_batch_size(mesh, "train.batch_size", config.train.batch_size)
+    check_batch_size(config.train, mesh)
     with claimed(workdir, config):
         finished = workdir / "summary.json"
         summary = on_first(lambda: read_json(finished) if finished.exists() else None)
@@ -196,13 +196,21 @@ def compile_steps(
     return sharding.compile_step(steps, mesh, config.parallel)
 
 
+def check_batch_size(settings: TrainConfig, mesh: Mesh) -> None:
+    """Raises ConfigError unless every device gets the same number of examples of a micro-batch."""
+    name, size = "train.batch_size", settings.batch_size
+    if settings.accumulate > 1:
+        name, size = f"{name} / train.accumulate", size // settings.accumulate
+    sharding.check_batch_size(mesh, name, size)
+
+
 def draw_steps(config: Experiment, step: int, size: int, num_examples: int) -> Draw:
     """What the next `size` steps see, stacked."""
     draws = [
         order.draw(config.data, config.seed, s, config.train.batch_size, num_examples)
         for s in range(step, step + size)
     ]
-    return Draw(*(np.stack(parts) for parts in zip(*draws, strict=True)))
+    return jax.tree.map(lambda *parts: np.stack(parts), *draws)
 
 
 def steps_to_next_report(step: int, settings: TrainConfig) -> int:

@@ -7,6 +7,7 @@ a captured CUDA graph. The data is on the device, too.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import torch
 from torch import Tensor
 
@@ -22,11 +23,11 @@ from torch_ref.compare.timing import (
     cpu_name,
     random_examples,
 )
-from torch_ref.step import TrainState, eval_step, init, measure
+from torch_ref.step import TrainState, eval_step, init, measure, micro_batches
 
 COMPILE_MODES = {"inductor": "default", "max-autotune": "max-autotune"}  # of torch.compile
 Run = Callable[[int], None]  # so many steps, or the start of them
-Drawn = tuple[Tensor, ...]  # indices, offset, flip
+Drawn = tuple[Tensor, ...]  # indices, offset, flip; and the fields of a Mix, if there is one
 
 
 class Data(NamedTuple):
@@ -123,13 +124,24 @@ def training(
         keep_gradients: set to zero, not given back: a captured graph writes to them in place.
     """
 
-    def train(indices: Tensor, offset: Any, flip: Any) -> None:
+    def seen(indices: Tensor, offset: Any, flip: Any) -> torch_pixels.Batch:
         x = data.normalized(indices)
         x = torch_pixels.crop_and_flip(x, offset, flip, config.data.pad)
-        x = x.contiguous(memory_format=torch.channels_last)
-        with autocast:
-            metrics = measure(forward(x), data.label[indices])
-        (metrics.loss / metrics.examples).backward()
+        return torch_pixels.Batch(x, data.label[indices])
+
+    def train(indices: Tensor, offset: Any, flip: Any, *mix: Any) -> None:
+        batch = seen(indices, offset, flip)
+        if mix:
+            *drawn, share, box = mix
+            other = seen(*drawn)
+            share = share.to(data.dtype)
+            x = torch_pixels.mix(batch.image, other.image, share, box)
+            batch = torch_pixels.Batch(x, batch.label, other.label, share)
+        for x, label, other, share in micro_batches(batch, state.accumulate):
+            x = x.contiguous(memory_format=torch.channels_last)
+            with autocast:
+                metrics = measure(forward(x), label, other, share, state.label_smoothing)
+            (metrics.loss / metrics.examples / state.accumulate).backward()
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=not keep_gradients)
 
@@ -166,7 +178,7 @@ def captured(config: Experiment, data: Data, train: Callable[..., None]) -> Run:
 
 
 def draw(config: Experiment, data: Data, step: int) -> Drawn:
-    drawn = draw_steps(config, step, 1, NUM_EXAMPLES)
+    drawn = jax.tree.leaves(draw_steps(config, step, 1, NUM_EXAMPLES))
     return tuple(torch.as_tensor(x[0]).to(data.device, non_blocking=True) for x in drawn)
 
 
