@@ -153,7 +153,8 @@ def test_responses_are_drawn_in_order_and_ranked(runs: Path) -> None:
 
 
 def test_all_figures_are_written_and_the_same_runs_give_the_same_files(runs: Path) -> None:
-    names = figures.draw_all(groups(runs), runs)
+    names, failed = figures.draw_all(groups(runs), runs)
+    assert failed == []
     assert names == [
         "plain_vs_residual.png",
         "side_by_side.png",

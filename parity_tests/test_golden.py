@@ -83,4 +83,4 @@ def test_both_runs_stand_in_the_table_and_in_the_figures(tmp_path: Path) -> None
     assert "| ResNet-8 A | 0 |" in table
     assert "| ResNet-8 B (tanjeffreyz) | 0 |" in table
     assert "**83.61**" in table
-    assert set(figures.draw_all(groups, tmp_path)) == {"curves.png", "layer_responses.png"}
+    assert set(figures.draw_all(groups, tmp_path).written) == {"curves.png", "layer_responses.png"}

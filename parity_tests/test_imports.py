@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # What stands on a floor imports what stands below it, and nothing beside it.
 FLOORS = (
     {"errors", "shipped"},
-    {"settings", "json_files"},
+    {"settings", "json_files", "drawing"},
     {"config"},
     {"data", "nn"},
     {"parallel"},

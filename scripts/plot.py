@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from flax_resnet import cli
-from flax_resnet.errors import ConfigError
+from flax_resnet.errors import ConfigError, ResultsError
 from flax_resnet.studies import figures, tables
 from flax_resnet.studies.groups import group_runs
 from flax_resnet.studies.published import read_published_curves
@@ -41,10 +41,12 @@ def main(*runs: str) -> None:
     if OUT.value:
         out = Path(OUT.value)
         published = read_published_curves(Path(PUBLISHED.value)) if PUBLISHED.value else None
-        drawn = figures.draw_all(groups, out, published)
+        drawn, failed = figures.draw_all(groups, out, published)
         if list(out.glob("*/summary.json")):
             tables.write_readme(out, drawn)
         print(f"written to {out}: {', '.join(drawn) or 'nothing'}", file=sys.stderr)
+        if failed:
+            raise ResultsError(f"not drawn: {', '.join(failed)}; the warnings above say why")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def report(name: str, out: Path) -> None:
         return
     command = cli.as_typed(shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]]))
     write_json(out / tables.SWEEP, {"experiment": name, "command": command})
-    drawn = figures.draw_all(group_runs(find_runs([out])), out)
+    drawn = figures.draw_all(group_runs(find_runs([out])), out).written
     tables.write_readme(out, drawn)
     if out.resolve().parent.name == "results":
         tables.write_index(out.parent)

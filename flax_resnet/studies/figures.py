@@ -4,12 +4,14 @@ Bold lines are test errors, light ones training errors, as in the paper's figure
 tanjeffreyz's figures. Bands are one sample standard deviation over the seeds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from flax_resnet import drawing
 from flax_resnet.config import Shortcut
 from flax_resnet.studies.groups import (
     Group,
@@ -36,8 +38,15 @@ WIDTH = 6.8  # inches: a page's text
 BINS = 60  # a training curve is averaged in so many pieces: a line of the log sees few batches
 
 
-def draw_all(groups: Sequence[Group], out: Path, published: Curves | None = None) -> list[str]:
-    """Every figure that `groups` have the runs for, as PNG and SVG; the names of the PNG files.
+class Drawn(NamedTuple):
+    """Names of PNG files."""
+
+    written: list[str]
+    failed: list[str]  # which a warning told of
+
+
+def draw_all(groups: Sequence[Group], out: Path, published: Curves | None = None) -> Drawn:
+    """Every figure that `groups` have the runs for, as PNG and SVG.
 
     Of several datasets, that of most groups is drawn.
 
@@ -51,23 +60,24 @@ def draw_all(groups: Sequence[Group], out: Path, published: Curves | None = None
     groups = short_labels([g for g in groups if g.config.data.name is commonest])
     alike = at_one_depth(groups)
     pair = sides(groups)
+    wanted: dict[str, Callable[[], Figure]] = {}
+    if len(alike) > 1:
+        name = "plain_vs_residual" if len(set(map(is_plain, alike))) == 2 else "curves"
+        wanted[name] = partial(curves, alike, published)
+    if pair is not None:
+        wanted["side_by_side"] = partial(side_by_side, *pair, published)
+    if len(depths(groups)) > 1:
+        wanted["depth"] = partial(error_by_depth, groups)
+    if responded(groups):
+        wanted["layer_responses"] = partial(layer_responses, groups)
     written = []
-    with settings():
-        drawn: dict[str, Figure] = {}
-        if len(alike) > 1:
-            name = "plain_vs_residual" if len(set(map(is_plain, alike))) == 2 else "curves"
-            drawn[name] = curves(alike, published)
-        if pair is not None:
-            drawn["side_by_side"] = side_by_side(*pair, published)
-        if len(depths(groups)) > 1:
-            drawn["depth"] = error_by_depth(groups)
-        if responded(groups):
-            drawn["layer_responses"] = layer_responses(groups)
-        for name, figure in drawn.items():
-            figure.savefig(out / f"{name}.png", dpi=200)
-            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+    for name, draw in wanted.items():
+        with drawing.attempted(f"{out / name}.png"), settings():
+            figure = draw()
+            drawing.save(figure, out / f"{name}.png", dpi=200)
+            drawing.save(figure, out / f"{name}.svg", metadata={"Date": None})
             written.append(f"{name}.png")
-    return written
+    return Drawn(written, [f"{name}.png" for name in wanted if f"{name}.png" not in written])
 
 
 def short_labels(groups: Sequence[Group]) -> list[Group]:
@@ -83,9 +93,7 @@ def short_labels(groups: Sequence[Group]) -> list[Group]:
 
 def curves(groups: Sequence[Group], published: Curves = NO_CURVES) -> "Figure":
     """Error against the step, and a table of the last errors beside it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+    figure = drawing.new_figure(WIDTH, 3.3)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
     for group, style in zip(groups, styles(groups), strict=True):
         draw_curve(left, group, style, published)
@@ -98,9 +106,7 @@ def side_by_side(
     plain: Sequence[Group], residual: Sequence[Group], published: Curves = NO_CURVES
 ) -> "Figure":
     """Plain networks left, residual ones right, by depth."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    figure = drawing.new_figure(WIDTH, 3.5)
     order = depths([*plain, *residual])
     pair = {"plain": plain, "residual": residual}
     for axes, (title, side) in zip(figure.subplots(1, 2, sharey=True), pair.items(), strict=True):
@@ -227,9 +233,7 @@ def draw_table(axes: "Axes", groups: Sequence[Group]) -> None:
 
 def error_by_depth(groups: Sequence[Group]) -> "Figure":
     """Test error at the last step against depth, with the published values as marked points."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    figure = drawing.new_figure(WIDTH, 3.2)
     axes = figure.subplots()
     place = {depth: i for i, depth in enumerate(depths(groups))}
     shortcuts = [s for s in Shortcut if any(g.config.model.shortcut is s for g in groups)]
@@ -281,9 +285,7 @@ def error_by_depth(groups: Sequence[Group]) -> "Figure":
 
 def layer_responses(groups: Sequence[Group]) -> "Figure":
     """Standard deviation of each 3x3 layer's output, in order and by size (paper, figure 7)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    figure = drawing.new_figure(WIDTH, 4.4)
     upper, lower = figure.subplots(2, 1)
     shown = responded(groups)
     for group, style in zip(shown, response_styles(shown), strict=True):

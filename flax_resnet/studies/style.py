@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flax_resnet.config import Shortcut
+from flax_resnet.drawing import import_matplotlib
 from flax_resnet.studies.groups import Group, is_plain
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -51,9 +52,7 @@ DEPTH_STYLES = [
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    from matplotlib import rc_context  # takes a second
-
-    with rc_context(SETTINGS):
+    with import_matplotlib().rc_context(SETTINGS):
         yield
 
 

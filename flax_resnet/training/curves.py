@@ -2,19 +2,18 @@
 
 from pathlib import Path
 
+from flax_resnet import drawing
 from flax_resnet.training.metrics_log import Row
 
 
 def plot_curves(rows: list[Row], path: Path, title: str) -> None:
     """Error and loss against the step as in the paper's figure 6: bold test, light training."""
-    from matplotlib.figure import Figure  # not pyplot: no display is needed, and none is opened
-
     styles = {
         "train": {"color": "tab:blue", "lw": 1, "alpha": 0.6, "label": "training"},
         "validation": {"color": "tab:green", "lw": 2, "label": "validation"},
         "test": {"color": "tab:red", "lw": 2, "label": "test", "marker": "o", "ms": 3},
     }
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = drawing.new_figure(9.0, 3.6)
     axes = figure.subplots(1, 2)
     for axis, name, unit in zip(axes, ("error", "loss"), (100, 1), strict=True):
         for split, style in styles.items():
@@ -27,4 +26,4 @@ def plot_curves(rows: list[Row], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    drawing.save(figure, path, dpi=150)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from flax_resnet import drawing
 from torch_ref.compare.timing import Timing
 
 HEADER = (
@@ -48,9 +49,7 @@ def facts_line(timing: Timing) -> str:
 
 def draw(timings: Sequence[Timing], path: Path) -> None:
     """A bar for each row: the median, with the fastest and the slowest round."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 0.8 + 0.32 * len(timings)), layout="constrained")
+    figure = drawing.new_figure(9.0, 0.8 + 0.32 * len(timings))
     axis = figure.subplots()
     names = [
         f"ResNet-{t.depth}, {t.batch_size} x {t.dtype}, {t.phase}: "
@@ -76,4 +75,4 @@ def draw(timings: Sequence[Timing], path: Path) -> None:
     axis.set_xlabel("ms per batch: median, fastest and slowest round")
     axis.grid(axis="x", alpha=0.3)
     axis.set_title(timings[0].device, fontsize=10)
-    figure.savefig(path, dpi=150)
+    drawing.save(figure, path, dpi=150)

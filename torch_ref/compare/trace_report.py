@@ -5,8 +5,8 @@ import html
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from flax_resnet import drawing
 from flax_resnet.config import ResNetConfig, Shortcut
 from torch_ref.compare.trace import ROUNDING, Comparison, Distances
 
@@ -34,7 +34,7 @@ def heading(config: ResNetConfig) -> str:
 
 def draw(series: dict[str, Distances], suptitle: str, path: Path) -> None:
     """Both halves on one logarithmic scale: outputs on the left, gradients on the right."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = drawing.new_figure(10.0, 4.2)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, which, what in zip(axes, (0, 1), ("output", "gradient"), strict=True):
         for name, by_layer in series.items():
@@ -50,7 +50,7 @@ def draw(series: dict[str, Distances], suptitle: str, path: Path) -> None:
     axes[0].set_ylabel("relative difference from PyTorch in float64")
     axes[0].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))
     figure.suptitle(suptitle)
-    figure.savefig(path, dpi=150)
+    drawing.save(figure, path, dpi=150)
 
 
 def make_page(comparison: Comparison, title: str, picture: bytes) -> str:
