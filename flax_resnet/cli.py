@@ -19,6 +19,7 @@ from flax_resnet.errors import ConfigError, UserError
 from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.parallel import processes
 from flax_resnet.shipped import COMMANDS
+from flax_resnet.training import signals
 
 USER_ERROR = 2  # exit code
 HELP = ("--help", "-help", "-h", "--helpfull", "-helpfull", "--helpshort", "-helpshort")
@@ -238,6 +239,10 @@ def as_typed(text: str) -> str:
 def guarded(function: Callable[[], Any]) -> Any:
     try:
         return function()
+    except signals.Stopped as e:
+        if jax.distributed.is_initialized():  # whose processes leave together
+            raise
+        signals.end_process(e, is_told=True)  # Python would wait for what is being computed
     except (UserError, OSError, jax.errors.JaxRuntimeError) as e:
         message = " ".join(str(e).split())
         if isinstance(e, jax.errors.JaxRuntimeError):

@@ -343,7 +343,7 @@ class OptimConfig(Settings, group="optim"):
                 f"({self.warmup_steps}), got {self.boundaries}"
             )
         name = "optim.boundaries" if self.boundaries else "optim.warmup_steps"
-        require(steps[-1] <= LAST_STEP, name, f"at most {LAST_STEP}", steps[-1])
+        require(before[-1] <= LAST_STEP, name, f"at most {LAST_STEP}", before[-1])
 
 
 @dataclass
@@ -451,6 +451,17 @@ INCIDENTAL = (
     "train.evaluate_every",
     "train.log_every",
     "train.steps_per_call",
+)
+
+# Settings that decide the learning rate of each step, and how many there are: a run may go on with
+# others where the rates of the steps that are done would have been the same.
+SCHEDULE = (
+    "optim.boundaries",
+    "optim.decay_factor",
+    "optim.peak_lr",
+    "optim.warmup_lr",
+    "optim.warmup_steps",
+    "train.steps",
 )
 
 # Version 0.1 named a preprocessing by who does it so.

@@ -520,7 +520,7 @@ def evaluate(batch_size: int) -> tuple[dict[str, float], dict[str, float]]:
     examples = random_examples(N_TEST)
     constants = pixels.make_normalization(Preprocess.OWN_MEAN, examples.image)
     mesh = sharding.data_mesh()
-    call = evaluation.make_evaluate(config.model, program, constants, mesh, batch_size)
+    call = evaluation.Evaluation(config.model, program, constants, mesh, batch_size)
     arguments = (state.params, state.batch_stats, examples)
     ours = call(*sharding.replicate(mesh, arguments)).mean()
     image = pixels.normalize(jnp.asarray(examples.image), constants, jnp.float32)

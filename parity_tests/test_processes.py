@@ -33,7 +33,15 @@ ROOT = Path(__file__).parent.parent
 STEPS = 8
 
 
-def start(workdir: Path, port: int, process_id: int) -> subprocess.Popen[str]:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(
+    workdir: Path, port: int, process_id: int, *more: str, at: Path | None = None
+) -> subprocess.Popen[str]:
     flags = [
         f"--config={ROOT / 'configs/quickstart.py'}",
         f"--config.train.steps={STEPS}",
@@ -47,11 +55,13 @@ def start(workdir: Path, port: int, process_id: int) -> subprocess.Popen[str]:
         f"--coordinator=127.0.0.1:{port}",
         "--num_processes=2",
         f"--process_id={process_id}",
+        *more,
     ]
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts/train_flax.py"), *flags],
         stderr=subprocess.PIPE,
         text=True,
+        cwd=at,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"},
     )
 
@@ -73,14 +83,16 @@ def fit_on(num_devices: int, workdir: Path, like: Path) -> None:
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], list[str]]:
     """A run of two processes of which the second alone is told to stop; exit codes and messages."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    both = [start(workdir, port, i) for i in range(2)]
+    return stop_second(tmp_path_factory.mktemp("two") / "run", at=2)
+
+
+def stop_second(workdir: Path, at: int, *more: str) -> tuple[Path, list[int], list[str]]:
+    """Trains in two processes, and tells the second to stop when the log has `at` lines."""
+    port = free_port()
+    both = [start(workdir, port, i, *more) for i in range(2)]
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and all(p.poll() is None for p in both):
-        if len(rows(workdir)) >= 2:
+        if len(rows(workdir)) >= at:
             both[1].send_signal(signal.SIGTERM)
             break
         time.sleep(0.01)
@@ -117,6 +129,17 @@ def test_a_signal_to_one_stops_both_at_the_same_saved_step(
     step = len(rows(workdir))
     assert f"stopped by signal {signal.SIGTERM} at step {step}, which is saved" in errors[0]
     assert (workdir / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_ends_an_evaluation_in_both(tmp_path: Path) -> None:
+    """Of one image on each device at a time: 90 batches after the second line of the log."""
+    settings = "--config.train.eval_batch_size=4", "--config.train.evaluate_every=2"
+    workdir, codes, errors = stop_second(tmp_path / "run", 2, *settings)
+    assert codes == [128 + signal.SIGTERM] * 2, errors
+    assert f"stopped by signal {signal.SIGTERM} at step 2, which is saved" in errors[0]
+    assert [row["split"] for row in rows(workdir)] == ["train", "train"]
+    assert (workdir / "checkpoints" / "2").is_dir()
 
 
 @pytest.mark.slow

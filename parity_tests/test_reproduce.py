@@ -164,14 +164,14 @@ def test_what_would_spoil_it_is_refused_before_any_work(
     job.config.data.name = Dataset.DIGITS
     job.config.train.batch_size, job.config.train.eval_batch_size = 16, 360
     begun = tmp_path / "runs/tiny" / job.name
-    begun.mkdir(parents=True)
+    (begun / "checkpoints/100").mkdir(parents=True)
     write_json(begun / "config.json", job.config.to_dict())
     refused = finish(tmp_path, "--seeds=0,1", flag)
     assert refused.code == 2
     assert refused.errors.startswith("error: ")
     assert refused.errors.count("\n") == 1
     assert message in refused.errors
-    assert [path.name for path in begun.iterdir()] == ["config.json"]
+    assert {path.name for path in begun.iterdir()} == {"checkpoints", "config.json"}
 
 
 def test_every_accelerator_has_one_run_at_a_time(tmp_path: Path) -> None:

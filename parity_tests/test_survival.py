@@ -14,7 +14,7 @@ QUICK = {"hostile": len(FILES), "not_finite": 1}
 # test_command_line has two runs in one directory, test_processes another number of devices.
 SLOW = {
     "kill": 3,  # inside a save, after a step, at any time
-    "stop": 2,  # SIGTERM, SIGINT
+    "stop": 4,  # each signal once, and each moment
     "full_disk": 1,
     "flip": 15,
     "truncate": 5,

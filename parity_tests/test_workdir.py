@@ -1,8 +1,10 @@
-"""Claim: a work directory holds one run, and all that is needed to use it.
+"""Claim: a work directory holds one run, and all that is needed to use it and to go on with it.
 
-What decides nothing of a run's numbers may change when it goes on; it ends with the same bits.
+What decides nothing of the numbers of the steps that are done may change when it goes on; it ends
+with the bits of a run that had it so from the start. It needs its config and a checkpoint alone.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -15,23 +17,28 @@ import pytest
 from flax_resnet.config import INCIDENTAL, Dataset, Experiment
 from flax_resnet.data import source
 from flax_resnet.errors import CheckpointError, ConfigError, DatasetError
+from flax_resnet.json_files import read_json, write_json
 from flax_resnet.studies import responses
-from flax_resnet.training import workdir
+from flax_resnet.training import loop, workdir
 from flax_resnet.training.loop import fit
-from flax_resnet.training.metrics_log import read_metrics
+from flax_resnet.training.metrics_log import read_lines, read_metrics
 from flax_resnet.training.workdir import OpenedRun, open_run
 
 STEPS = 6
 
 
-def experiment() -> Experiment:
+def experiment(**settings: object) -> Experiment:
+    """The run of these tests; in `settings` what is other, such as {"optim.peak_lr": 0.2}."""
     config = Experiment()
     config.model.depth = 8
     config.data.name = Dataset.DIGITS
     config.optim.boundaries = (4,)
-    settings = config.train
-    settings.steps, settings.batch_size, settings.eval_batch_size = STEPS, 16, 400
-    settings.log_every, settings.evaluate_every, settings.checkpoint_every = 2, 6, 3
+    train = config.train
+    train.steps, train.batch_size, train.eval_batch_size = STEPS, 16, 400
+    train.log_every, train.evaluate_every, train.checkpoint_every = 2, 6, 3
+    for name, value in settings.items():
+        group, _, field = name.rpartition(".")
+        setattr(getattr(config, group) if group else config, field, value)
     return config
 
 
@@ -143,3 +150,228 @@ def test_a_damaged_data_json_is_an_error(half: Path, text: str) -> None:
     (half / "data.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"data\.json (is not JSON|must be|is damaged)"):
         open_run(half).data_facts()
+
+
+# --- More steps -----------------------------------------------------------------------------------
+
+
+def test_a_finished_run_goes_on_to_the_bits_of_one_go(
+    finished: Path, half: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that was finished at step 3, by its config and its summary."""
+    config = experiment(**{"train.steps": 3, "optim.boundaries": (5,)})
+    write_json(half / "config.json", config.to_dict())
+    write_json(half / "summary.json", {"steps": 3, "test_error": 0.5})
+    for name in ("curves.png", "layer_responses.json"):
+        (half / name).write_text("of step 3")
+    logging.getLogger("flax_resnet").propagate = True
+    with caplog.at_level(logging.INFO, "flax_resnet"):
+        summary = fit(experiment(), half)
+    said = "goes on with optim.boundaries [4] (was [5]), train.steps 6 (was 3)"
+    assert sum(record.getMessage().endswith(said) for record in caplog.records) == 1
+    check_one_go(half, finished)
+    assert summary == read_json(half / "summary.json")
+    assert (half / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (half / "layer_responses.json").exists()
+
+
+TWICE = {"train.steps": 2 * STEPS, "optim.boundaries": (4, 9)}
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twice as many steps in one go."""
+    directory = tmp_path_factory.mktemp("twice") / "run"
+    with jax.enable_x64(False):
+        fit(experiment(**TWICE), directory)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "state", ["finished", "not finished", "killed when its config was written, nothing else"]
+)
+def test_to_twice_as_many_steps_it_goes_from_wherever_it_is(
+    finished: Path, half: Path, twice: Path, tmp_path: Path, state: str
+) -> None:
+    run = half if state == "not finished" else tmp_path / "twice"
+    if state != "not finished":
+        shutil.copytree(finished, run)
+    if state.startswith("killed"):
+        write_json(run / "config.json", experiment(**TWICE).to_dict())
+    fit(experiment(**TWICE), run)
+    check_one_go(run, twice)
+
+
+def check_one_go(run: Path, whole: Path) -> None:
+    assert bits(open_run(run)) == bits(open_run(whole))
+    assert workdir.read_config(run) == workdir.read_config(whole)
+    assert losses(run) == losses(whole)
+    ours, theirs = (read_json(directory / "summary.json") for directory in (run, whole))
+    for name in ("steps", "test_error", "test_loss", "train_loss", "config"):
+        assert ours[name] == theirs[name]
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    """What a run of 6 steps leaves, as far as what may change is concerned."""
+    (tmp_path / "run" / "checkpoints" / str(STEPS)).mkdir(parents=True)
+    write_json(tmp_path / "run" / "config.json", experiment().to_dict())
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train.steps": 7},
+        {"optim.boundaries": (4, 6)},  # the rate of the seventh step
+        {"optim.boundaries": (4, 6, 8), "train.steps": 2**31 - 1},
+        {"optim.boundaries": (4, 7), "data.dir": "/elsewhere"},
+    ],
+)
+def test_the_future_may_change(fake: Path, settings: dict[str, object]) -> None:
+    told = workdir.check_same(fake, experiment(**settings), "--workdir")
+    assert [line.split()[0] for line in told] == sorted(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remark"),
+    [
+        ({"train.steps": 5}, "train.steps: 6 there, 5 here; 6 steps are done"),
+        ({"optim.peak_lr": 0.2}, "optim.peak_lr: 0.1 there, 0.2 here; the learning rate of step 0"),
+        ({"optim.boundaries": (5,)}, "the learning rate of step 4, which is done"),
+        ({"optim.boundaries": (3, 9)}, "the learning rate of step 3, which is done"),
+        ({"optim.decay_factor": 0.5, "train.steps": 9}, "the learning rate of step 4"),
+        ({"optim.warmup_steps": 2}, "the learning rate of step 0, which is done"),
+        ({"optim.momentum": 0.5, "train.steps": 9}, "optim.momentum: 0.9 there, 0.5 here"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+    ],
+)
+def test_the_past_may_not_and_other_weights_are_offered(
+    fake: Path, settings: dict[str, object], remark: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        workdir.check_same(fake, experiment(**settings), "--workdir")
+    assert str(error.value).startswith(f"{fake} holds another run (")
+    assert remark in str(error.value)
+    assert f"--config.init={fake} begins anew from its weights" in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"optim.decay_factor": 0.5}, {"optim.warmup_lr": 0.5}])
+def test_a_setting_that_has_decided_nothing_yet_is_future(
+    fake: Path, settings: dict[str, object]
+) -> None:
+    """The rate falls at step 4 for the first time."""
+    (fake / "checkpoints" / str(STEPS)).rename(fake / "checkpoints" / "4")
+    assert workdir.check_same(fake, experiment(**settings), "--workdir")
+
+
+def test_a_finished_run_that_lost_its_checkpoints_does_not_begin_again(fake: Path) -> None:
+    (fake / "checkpoints" / str(STEPS)).rmdir()
+    write_json(fake / "summary.json", {"steps": STEPS, "test_error": 0.5})
+    with pytest.raises(CheckpointError, match="finished at step 6, and has no checkpoint to go on"):
+        fit(experiment(**TWICE), fake)
+    assert (fake / "summary.json").exists()
+
+
+# --- Files that are lost --------------------------------------------------------------------------
+
+
+def test_it_finishes_from_its_checkpoint_alone_though_nothing_can_be_drawn(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "checkpoints", run / "checkpoints")
+    shutil.copy(finished / "config.json", run)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "plot_curves", lambda *args: 1 / 0)
+        summary = fit(experiment(), run)
+    assert "curves.png could not be drawn: ZeroDivisionError" in caplog.text
+    assert summary == read_json(run / "summary.json")
+    before = read_json(finished / "summary.json")
+    same = {"test_error", "test_loss", "train_error", "train_loss", "parameters", "config"}
+    assert {name: summary[name] for name in same} == {name: before[name] for name in same}
+    assert summary["wall_seconds"] is None
+    assert read_json(run / "data.json") == read_json(finished / "data.json")
+    assert not (run / "curves.png").exists()
+    fit(experiment(), run)
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["metrics.jsonl", "data.json", "summary.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x00\xff\n\xfe", b"[" * 10**5])
+def test_no_damage_to_another_file_keeps_it_from_its_end(
+    finished: Path, half: Path, name: str, content: bytes
+) -> None:
+    shutil.rmtree(half / "tensorboard")
+    (half / name).write_bytes(content)
+    summary = fit(experiment(), half)
+    assert bits(open_run(half)) == bits(open_run(finished))
+    assert summary["test_loss"] == read_json(finished / "summary.json")["test_loss"]
+
+
+ROW = {"step": 2, "split": "train", "loss": 2.5, "error": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("line", "is_good"),
+    [
+        (json.dumps(ROW), True),
+        (json.dumps(ROW | {"seconds": 1}), True),
+        (json.dumps(ROW)[:20], False),
+        ("", False),
+        ("\x00\ufffd", False),
+        ("[" * 10**5, False),
+        (json.dumps([ROW]), False),
+        (json.dumps(ROW | {"step": "2"}), False),
+        (json.dumps(ROW | {"loss": None}), False),
+        (json.dumps({name: value for name, value in ROW.items() if name != "error"}), False),
+    ],
+)
+def test_a_damaged_line_of_the_log_costs_no_other(line: str, is_good: bool, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = json.dumps(ROW | {"step": 4}) + "\n"
+    path.write_text(good + line + "\n" + good + good[:30])
+    assert [row is not None for row in read_lines(path)] == [True, is_good, True]
+    assert len(list(read_metrics(path))) == 2 + is_good
+
+
+def test_checkpoints_without_a_config_are_nobodys(fake: Path) -> None:
+    (fake / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds a run, but no config\.json that says"):
+        fit(experiment(), fake)
+
+
+# --- A start that failed --------------------------------------------------------------------------
+
+
+def test_a_start_that_failed_for_want_of_data_leaves_the_directory_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(config: object) -> dict:
+        raise DatasetError("no images")
+
+    monkeypatch.setattr(source, "load", nothing)
+    for settings in ({"data.dir": "/wrong"}, {"model.depth": 14, "seed": 3}):
+        with pytest.raises(DatasetError, match="no images"):
+            fit(experiment(**settings), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("left", ["config.json", "data.json", "checkpoints", "metrics.jsonl"])
+def test_what_a_start_left_that_made_no_step_binds_nobody(fake: Path, left: str) -> None:
+    """As where it ran out of memory, or was killed while it compiled."""
+    (fake / "checkpoints" / str(STEPS)).rmdir()
+    if left.endswith("s"):
+        (fake / left).mkdir(exist_ok=True)
+    elif left != "config.json":
+        (fake / left).write_text("")
+    assert workdir.check_same(fake, experiment(seed=1), "--workdir") == []
+    assert workdir.known_data_facts(fake) is None
+    (fake / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
+    with pytest.raises(ConfigError, match="holds another run"):
+        workdir.check_same(fake, experiment(seed=1), "--workdir")

@@ -26,7 +26,7 @@ from flax_resnet.nn.scan import Tree, stack
 from flax_resnet.parallel import sharding
 from flax_resnet.resnet import param_dtype
 from flax_resnet.step import TrainState, init
-from flax_resnet.training.evaluation import make_evaluate, make_evaluate_by_batch_statistics
+from flax_resnet.training.evaluation import Evaluation, make_evaluate_by_batch_statistics
 from flax_resnet.training.workdir import open_run, read_config, read_data_facts
 from flax_resnet.weights import files
 from flax_resnet.weights.infer import USUAL_PREPROCESS
@@ -74,7 +74,7 @@ def main() -> None:
         evaluate = make_evaluate_by_batch_statistics(config.model, constants, mesh)
     else:
         size = config.train.eval_batch_size
-        evaluate = make_evaluate(config.model, init(config)[0], constants, mesh, size)
+        evaluate = Evaluation(config.model, init(config)[0], constants, mesh, size)
     result = evaluate(*sharding.replicate(mesh, (params, batch_stats, test))).mean()
     tree = {"test_error": result["error"], "test_loss": result["loss"]}
     print(json.dumps(tree | {"examples": len(test.label)}))

@@ -76,7 +76,8 @@ def make_jobs(study: recipes.Study) -> list[Job]:
 
 def run(name: str, jobs: list[Job], workdirs: Path, out: Path) -> dict[str, str]:
     def is_done(job: Job) -> bool:
-        return (out / job.name / "summary.json").exists()
+        summary = workdir.read_summary(out / job.name)
+        return summary is not None and summary["steps"] == job.config.train.steps
 
     def command(directory: Path) -> list[str]:
         return [sys.executable, __file__, name, f"--worker={directory}"]

@@ -190,7 +190,8 @@ def top(groups: Sequence[Group]) -> float:
     for group in groups:
         for split in ("train", "test"):
             steps, errors = binned(*stacked(group, split))
-            late.append(errors[:, steps >= steps[-1] / 2].max())
+            if len(steps):
+                late.append(errors[:, steps >= steps[-1] / 2].max())
     return min(100.0, max(20.0, 1.3 * max(late)))  # 20: the paper's axis
 
 

@@ -123,9 +123,11 @@ def ends(groups: Sequence[Group]) -> set[int]:
 
 
 def stacked(group: Group, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (rows,) and errors in % (seeds, rows)."""
-    found = [run.curve(split) for run in group.runs]
-    return found[0][0], 100 * np.stack([errors for _, errors in found])
+    """Steps (rows,) and errors in % (seeds, rows), where the logs of all seeds have a row."""
+    found = [dict(zip(*run.curve(split), strict=True)) for run in group.runs]
+    steps = [step for step in found[0] if all(step in errors for errors in found)]
+    errors = np.array([[errors[step] for step in steps] for errors in found])
+    return np.array(steps, np.int64), 100 * errors
 
 
 def deviation_of(values: np.ndarray) -> np.ndarray:

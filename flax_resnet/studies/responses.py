@@ -18,10 +18,8 @@ from flax_resnet.nn.scan import Tree
 from flax_resnet.parallel import sharding
 from flax_resnet.resnet import ResNet, abstract, param_dtype
 from flax_resnet.training.evaluation import make_evaluate_by_batch_statistics
-from flax_resnet.training.workdir import open_run, read_config
+from flax_resnet.training.workdir import BATCH_STATISTICS, RESPONSES, open_run, read_config
 
-RESPONSES = "layer_responses.json"
-BATCH_STATISTICS = "batch_statistics.json"
 NUM_IMAGES = 2000  # for the responses: their deviation hardly varies from image to image
 BATCH_SIZE = 500
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from flax_resnet.config import Experiment
 from flax_resnet.errors import ConfigError, ResultsError
-from flax_resnet.studies.responses import BATCH_STATISTICS, RESPONSES
 from flax_resnet.training.metrics_log import Row, read_metrics
+from flax_resnet.training.workdir import BATCH_STATISTICS, RESPONSES, SUMMARY
 
 # The last is the mark of a whole run, so it is copied last.
-SMALL_FILES = ("config.json", "metrics.jsonl", RESPONSES, BATCH_STATISTICS, "summary.json")
+SMALL_FILES = ("config.json", "metrics.jsonl", RESPONSES, BATCH_STATISTICS, SUMMARY)
 
 
 class Run(NamedTuple):

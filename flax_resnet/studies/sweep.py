@@ -94,8 +94,8 @@ def run(
         By name, why jobs failed.
 
     Raises:
-        SystemExit: after SIGTERM or SIGINT, with code 128 + signal, once the running jobs have
-            saved their states and stopped.
+        SystemExit: after one of `signals.SIGNALS`, with code 128 + its number, once the running
+            jobs have saved their states and stopped.
     """
     waiting = deque(job for job in jobs if not is_done(job))
     free = list(environments)
@@ -116,10 +116,10 @@ def run(
         ) as bar,
     ):
         told = False
-        while running or (waiting and not stop):
-            while waiting and free and not stop:
+        while running or (waiting and not stop.number):
+            while waiting and free and not stop.number:
                 running.append(start(waiting.popleft(), workdirs, command, free.pop()))
-            if stop and not told:
+            if stop.number and not told:
                 told = True
                 tqdm.write("stopping: the running jobs save their states", file=sys.stderr)
                 for one in running:
@@ -131,7 +131,7 @@ def run(
                 if one.process.returncode == 0:
                     on_success(one.job)
                     finished += 1
-                elif not stop:
+                elif not stop.number:
                     failures[one.job.name] = reason(one)
                     tqdm.write(f"{one.job.name} failed: {reason(one)}", file=sys.stderr)
             done |= {one.job.name: progress(one.job, workdirs) for one in running}
@@ -139,8 +139,8 @@ def run(
             names = ", ".join(one.job.name for one in running)
             bar.set_postfix_str(names, refresh=False)
             bar.update(sum(done.values()) - bar.n)
-    if stop:
-        sys.exit(128 + stop[0])
+    if stop.number:
+        sys.exit(128 + stop.number)
     return failures
 
 

@@ -93,7 +93,8 @@ def table(groups: Sequence[Group], base: Path) -> list[str]:
         row.append(spread(100 * np.array([run.late_training_error for run in runs])))
         row += [", ".join(f"{x:.2f}" for x in group.published(s)) or "-" for s in PUBLISHED]
         row.append(", ".join(dict.fromkeys(hardware(run) for run in runs)))
-        row.append(f"{np.mean([run.summary['wall_seconds'] for run in runs]) / 3600:.2f}")
+        seconds = [run.summary["wall_seconds"] for run in runs if run.summary["wall_seconds"]]
+        row.append(f"{np.mean(seconds) / 3600:.2f}" if seconds else "-")
         row.append(", ".join(link(run, base) for run in runs))
         rows.append(row)
     return [f"| {' | '.join(row)} |" for row in rows]

@@ -119,12 +119,12 @@ class Checkpoints:
             CheckpointError: there are checkpoints, but none that is whole.
         """
         if jax.process_count() == 1:
-            return self._restore(like, step)
+            return self.read(like, step)
         host, restored = jax.device_get(like), None
 
         def read() -> bool:
             nonlocal restored
-            restored = self._restore(host, step)
+            restored = self.read(host, step)
             return restored is not None
 
         if not processes.on_first(read):
@@ -132,7 +132,8 @@ class Checkpoints:
         state = processes.from_first(host if restored is None else restored)
         return jax.tree.map(lambda x, y: put(x, y.sharding), state, like)
 
-    def _restore(self, like: TrainState, step: int | None) -> TrainState | None:
+    def read(self, like: TrainState, step: int | None = None) -> TrainState | None:
+        """What `restore` gives, in this process alone: for the first of several."""
         steps = sorted(self.manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
             raise CheckpointError(
@@ -231,8 +232,16 @@ def refuse_links(directory: Path) -> None:
                 raise CheckpointError(f"{path} must be no symbolic link; replace it with a copy")
 
 
+def steps_saved(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that a run has, whole or not, in order."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 def load_state(workdir: Path, like: TrainState, step: int | None = None) -> TrainState:
     """The newest good checkpoint of a run, or the one of `step`.
+
+    Of several processes only the first can.
 
     Raises:
         CheckpointError: there is none.
@@ -241,7 +250,7 @@ def load_state(workdir: Path, like: TrainState, step: int | None = None) -> Trai
     if not directory.is_dir():
         raise CheckpointError(f"{workdir} has no checkpoint")
     with Checkpoints(directory, read_only=True) as checkpoints:
-        state = checkpoints.restore(like, step)
+        state = checkpoints.read(like, step)
     if state is None:
         raise CheckpointError(f"{workdir} has no checkpoint")
     return state

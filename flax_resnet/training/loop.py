@@ -2,8 +2,7 @@
 
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -15,12 +14,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from flax_resnet.config import Experiment, TrainConfig
+from flax_resnet import drawing
+from flax_resnet.config import Experiment, Parallel, TrainConfig
 from flax_resnet.data import order, pixels, source
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.order import Draw
 from flax_resnet.data.pixels import Normalization
-from flax_resnet.json_files import read_json, write_json
+from flax_resnet.json_files import write_json
 from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.parallel import sharding
 from flax_resnet.parallel.processes import Agreement, is_first, on_first
@@ -28,17 +28,29 @@ from flax_resnet.resnet import param_dtype
 from flax_resnet.step import Metrics, Program, TrainState, init, train_step
 from flax_resnet.training.checkpoint import Checkpoints
 from flax_resnet.training.curves import plot_curves
-from flax_resnet.training.evaluation import make_evaluate
-from flax_resnet.training.metrics_log import MetricsLog, Row, SilentLog
+from flax_resnet.training.evaluation import Evaluation
+from flax_resnet.training.metrics_log import MetricsLog, Row, SilentLog, read_metrics
 from flax_resnet.training.reporter import Done, Reporter, is_due, progress_bar
-from flax_resnet.training.signals import stop_signal
-from flax_resnet.training.workdir import claimed, facts_of, keep_data_facts
+from flax_resnet.training.signals import Stopped, StopSignal, stop_signal
+from flax_resnet.training.workdir import (
+    CURVES,
+    SUMMARY,
+    DataFacts,
+    begin,
+    check_data_facts,
+    claimed,
+    facts_of,
+    keep_config,
+    read_summary,
+)
 
 log = logging.getLogger(__name__)
 
 
 def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
     """Trains `config` to its last step in `workdir`, going on from the newest checkpoint there.
+
+    A run that has ended goes on too, if `config` has more steps and the same past.
 
     Returns:
         The summary, also written to summary.json. A run that is finished does nothing.
@@ -48,35 +60,53 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
         DatasetError: the dataset is missing or damaged.
         CheckpointError: `workdir` is in use, or none of its checkpoints is whole.
         TrainingError: the loss is not finite.
-        SystemExit: after SIGTERM or SIGINT, with code 128 + signal, once the state is saved.
+        Stopped: after one of `signals.SIGNALS`, once the state is saved. It is a SystemExit.
     """
     config.validate()
     source.check_classes(config.data, config.model.num_classes)
     keep_memory()
     mesh = sharding.data_mesh()
     check_batch_size(config.train, mesh)
-    with claimed(workdir, config):
-        finished = workdir / "summary.json"
-        summary = on_first(lambda: read_json(finished) if finished.exists() else None)
+    with stop_signal() as stop, claimed(workdir, config) as before:
+        stop.nothing_to_save = True
+        summary = on_first(lambda: of_finished_run(workdir, config))
         if summary is not None:
             log.info("%s: finished at step %d, nothing to do", workdir, summary["steps"])
         else:
             splits = source.load(config.data)
             facts = facts_of(config.data, splits)
-            on_first(lambda: keep_data_facts(workdir, facts))
-            parameters, rows = train(config, workdir, mesh, splits, facts.normalization)
+            on_first(lambda: check_data_facts(workdir, facts))
+            parameters, rows = train(config, workdir, mesh, splits, facts, before, stop)
 
             def report() -> dict[str, Any]:
                 summary = summarize(config, parameters, rows)
                 summary |= {f"{name}_examples": size for name, size in facts.examples.items()}
                 summary["cpu_cores"] = os.cpu_count()
-                plot_curves(rows, workdir / "curves.png", config.model.label)
-                write_json(finished, summary)
+                write_json(workdir / SUMMARY, summary)
                 return summary
 
             summary = on_first(report)
+        on_first(lambda: draw_curves(workdir, config.model.label))
         log.info("test error %.2f %%, curves in %s", 100 * summary["test_error"], workdir)
         return summary
+
+
+def of_finished_run(workdir: Path, config: Experiment) -> dict[str, Any] | None:
+    """The summary of a run that has made all its steps."""
+    summary = read_summary(workdir)
+    if summary is None or summary["steps"] != config.train.steps:
+        return None
+    keep_config(workdir, config)
+    return summary
+
+
+def draw_curves(workdir: Path, title: str) -> None:
+    """Makes the picture of a finished run, unless it is there. That it cannot be is a warning."""
+    path = workdir / CURVES
+    rows = list(read_metrics(workdir / "metrics.jsonl"))
+    if rows and not path.exists():
+        with drawing.attempted(f"{path}"):
+            plot_curves(rows, path, title)
 
 
 def train(
@@ -84,33 +114,46 @@ def train(
     workdir: Path,
     mesh: Mesh,
     splits: dict[str, Examples],
-    constants: Normalization,
+    facts: DataFacts,
+    before: Experiment | None,
+    stop: StopSignal,
 ) -> tuple[int, list[Row]]:
-    """Runs the steps that are left; returns the number of parameters and all rows of the log."""
+    """Runs the steps that are left; returns the number of parameters and all rows of the log.
+
+    Args:
+        before: the run so far.
+    """
     program, state = init(config, mesh.size)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     state, examples = sharding.replicate(mesh, (state, splits))
-    evaluate = make_evaluate(config.model, program, constants, mesh, config.train.eval_batch_size)
+    batch_size = config.train.eval_batch_size
+    evaluate = Evaluation(config.model, program, facts.normalization, mesh, batch_size)
     log_class = MetricsLog if is_first() else SilentLog
-    with stop_signal() as received, Checkpoints(workdir / "checkpoints") as checkpoints:
+    done: Done | None = None
+    stopped_by = 0
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
         state = checkpoints.restore(state) or state
         step = int(state.step)
         if step:
             log.info("%s: going on from step %d", workdir, step)
+        on_first(lambda: begin(workdir, config, facts))
         with log_class(workdir, step) as metrics_log, progress_bar(config, step) as bar:
-            report = Reporter(config, examples, evaluate, metrics_log, bar, checkpoints)
-            call = compile_steps(config, program, constants, mesh)
-            done: Done | None = None
-            calls = run_steps(config, mesh, call, state, examples["train"], received)
+            report = Reporter(config, examples, evaluate, metrics_log, bar, checkpoints, stop, step)
+            call = compile_steps(config, program, facts.normalization, mesh)
+            if step < config.train.steps:
+                call = compile_ahead(config, mesh, call, evaluate, state, examples)
+            if step:
+                report.make_up(state, (before or config).train.evaluate_every)
+            calls = run_steps(config, mesh, call, state, examples["train"], stop)
             del state  # its memory is given to the first call
             for done in delayed(calls, jax.default_backend() != "cpu"):
-                report(done)
-            if done is not None and done.stopped_by:
-                log.info(
-                    "stopped by signal %d at step %d, which is saved", done.stopped_by, done.step
-                )
-                sys.exit(128 + done.stopped_by)
-        return parameters, metrics_log.rows
+                stopped_by = report(done)
+                if stopped_by:
+                    break
+    stop.nothing_to_save = True
+    if done is not None and stopped_by:
+        raise Stopped(stopped_by, f"at step {done.step}, which is saved")
+    return parameters, metrics_log.rows
 
 
 def run_steps(
@@ -119,30 +162,27 @@ def run_steps(
     call: Callable[[TrainState, Examples, Draw], tuple[TrainState, Metrics]],
     state: TrainState,
     examples: Examples,
-    received: list[int],
+    stop: StopSignal,
 ) -> Iterator[Done]:
     """Hands call after call to the devices, and tells of each at once: it may still be running.
 
     Args:
         call: of `compile_steps`.
-        received: signals that ask for a stop, as they come.
     """
     settings = config.train
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+    if config.parallel is not Parallel.PMAP:
+        copy = copy.lower(state).compile()  # as in `compile_ahead`
     agreed = Agreement(mesh, delay=1)
-    on_cpu = jax.default_backend() == "cpu"
-    steps_per_call = settings.steps_per_call or (1 if on_cpu else settings.log_every)
-    step, stop = int(state.step), 0
-    while step < settings.steps and not stop:
+    step, stopped_by = int(state.step), 0
+    while step < settings.steps and not stopped_by:
         if step % settings.log_every == 0:
             state = state._replace(metrics=sharding.replicate(mesh, Metrics.zeros()))
-        size = min(steps_per_call, steps_to_next_report(step, settings))
-        drawn = draw_steps(config, step, size, len(examples.label))
-        drawn = sharding.split_batch(mesh, drawn, config.parallel, axis=1)
-        state, metrics = call(state, examples, drawn)
+        size = call_size(step, settings)
+        state, metrics = call(state, examples, deal(config, mesh, step, size, examples))
         step += size
-        stop = agreed(received[0] if received else 0)
-        is_saved = bool(stop) or is_due(step, settings.checkpoint_every, settings)
+        stopped_by = agreed(stop.number)
+        is_saved = bool(stopped_by) or is_due(step, settings.checkpoint_every, settings)
         is_evaluated = is_due(step, settings.evaluate_every, settings)
         yield Done(
             step,
@@ -150,7 +190,7 @@ def run_steps(
             metrics,
             to_save=copy(state) if is_saved else None,
             to_evaluate=state if is_evaluated else None,
-            stopped_by=stop if step < settings.steps else 0,
+            stopped_by=stopped_by,
         )
 
 
@@ -204,6 +244,51 @@ def check_batch_size(settings: TrainConfig, mesh: Mesh) -> None:
     sharding.check_batch_size(mesh, name, size)
 
 
+def compile_ahead(
+    config: Experiment,
+    mesh: Mesh,
+    call: Callable[..., tuple[TrainState, Metrics]],
+    evaluate: Evaluation,
+    state: TrainState,
+    examples: Mapping[str, Examples],
+) -> Callable[[TrainState, Examples, Draw], tuple[TrainState, Metrics]]:
+    """Compiles all programs that are left to run, the evaluation too; `call` of those.
+
+    A signal cannot be heard while XLA compiles. Before the first step it need not be; later it
+    would have to wait, for a deep network minutes.
+    """
+    if config.parallel is Parallel.PMAP:  # whose results lie elsewhere than what it began with
+        return call
+    for split in examples:
+        if split != "train":
+            evaluate.compile(state.params, state.batch_stats, examples[split])
+    train = examples["train"]
+    sizes: set[int] = set()
+    step = int(state.step)
+    while step < config.train.steps:
+        sizes.add(size := call_size(step, config.train))
+        step += size
+    lower: Callable[..., jax.stages.Lowered] = call.lower  # pyright: ignore
+    programs = {
+        size: lower(state, train, deal(config, mesh, 0, size, train)).compile()
+        for size in sorted(sizes)  # in every process alike
+    }
+    return lambda state, examples, drawn: programs[len(drawn.indices)](state, examples, drawn)
+
+
+def deal(config: Experiment, mesh: Mesh, step: int, size: int, examples: Examples) -> Draw:
+    """What the next `size` steps see, on the devices."""
+    drawn = draw_steps(config, step, size, len(examples.label))
+    return sharding.split_batch(mesh, drawn, config.parallel, axis=1)
+
+
+def call_size(step: int, settings: TrainConfig) -> int:
+    """How many steps go into the next call."""
+    on_cpu = jax.default_backend() == "cpu"
+    largest = settings.steps_per_call or (1 if on_cpu else settings.log_every)
+    return min(largest, steps_to_next_report(step, settings))
+
+
 def draw_steps(config: Experiment, step: int, size: int, num_examples: int) -> Draw:
     """What the next `size` steps see, stacked."""
     draws = [
@@ -227,10 +312,11 @@ def summarize(config: Experiment, parameters: int, rows: list[Row]) -> dict[str,
         if row["step"] == config.train.steps
     }
     train_rows = [row for row in rows if row["split"] == "train"]
+    seconds = [row["seconds"] for row in train_rows if "seconds" in row]
     rates = [row["images_per_second"] for row in train_rows if "images_per_second" in row]
     return results | {
         "steps": config.train.steps,
-        "wall_seconds": train_rows[-1]["seconds"],
+        "wall_seconds": seconds[-1] if seconds else None,
         "images_per_second": median(rates) if rates else None,
         "parameters": parameters,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

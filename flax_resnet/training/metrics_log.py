@@ -5,16 +5,21 @@ they are imported where they are used.
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]  # step, split, loss, error, and what else was measured
 
 
 class MetricsLog:
     """Appends rows to metrics.jsonl and to TensorBoard's events.
+
+    Neither need be there: a run does not depend on its log.
 
     Args:
         workdir: where both are.
@@ -23,7 +28,14 @@ class MetricsLog:
 
     def __init__(self, workdir: Path, step: int):
         path = workdir / "metrics.jsonl"
-        self.rows = [row for row in read_metrics(path) if row["step"] <= step]
+        lines = read_lines(path)
+        if damaged := lines.count(None):
+            log.warning("%s: damaged lines are left out: %d", path, damaged)
+        self.rows = [row for row in lines if row is not None and row["step"] <= step]
+        if step and not self.rows:
+            log.warning("%s tells nothing of the %d steps that are done", path, step)
+        if lines and not step:
+            log.warning("%s: begun again, as there is no checkpoint of what it told", path)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         temporary.replace(path)
@@ -95,11 +107,32 @@ class EventsFile:
 
 
 def read_metrics(path: Path) -> Iterator[Row]:
-    """Rows of a metrics.jsonl; a last line that was cut off by a kill is passed over."""
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+    """Rows of a metrics.jsonl, if there is one; damaged lines are passed over."""
+    return (row for row in read_lines(path) if row is not None)
+
+
+def read_lines(path: Path) -> list[Row | None]:
+    """The same, with None for each damaged line but a last one that a kill has cut off."""
+    if not path.is_file():
+        return []
+    *lines, cut_off = path.read_text(errors="replace").split("\n")
+    rows = [read_line(line) for line in lines]
+    last = read_line(cut_off)
+    return rows if last is None else [*rows, last]
+
+
+def read_line(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if is_row(row) else None
+
+
+def is_row(row: Any) -> bool:
+    """Whether it has what every row has: step, split, and numbers alone beside them."""
+    if not isinstance(row, dict) or not {"step", "split", "loss", "error"} <= row.keys():
+        return False
+    numbers = [value for name, value in row.items() if name != "split"]
+    is_number = [isinstance(x, int | float) and not isinstance(x, bool) for x in numbers]
+    return isinstance(row["split"], str) and isinstance(row["step"], int) and all(is_number)

@@ -1,7 +1,8 @@
 """A run's directory: config.json says whose it is, checkpoints/ holds its states.
 
-It also has data.json (how many images there are, and the constants of their preprocessing),
-metrics.jsonl, tensorboard/, and once finished summary.json and curves.png.
+A run needs nothing else to go on to its end. There are also data.json (how many images there are,
+and the constants of their preprocessing), metrics.jsonl, tensorboard/, and once finished
+summary.json and curves.png.
 """
 
 import contextlib
@@ -12,18 +13,25 @@ from typing import Any, NamedTuple
 
 import filelock
 import jax
+import numpy as np
 
-from flax_resnet.config import INCIDENTAL, DataConfig, Experiment
+from flax_resnet.config import INCIDENTAL, SCHEDULE, DataConfig, Experiment
 from flax_resnet.data import pixels, source
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import CheckpointError, ConfigError, DatasetError
 from flax_resnet.json_files import read_json, write_json
+from flax_resnet.optim import make_schedule
 from flax_resnet.parallel import processes
 from flax_resnet.step import TrainState, init
-from flax_resnet.training.checkpoint import load_state
+from flax_resnet.training.checkpoint import load_state, steps_saved
+from flax_resnet.training.metrics_log import read_metrics
 
 log = logging.getLogger(__name__)
+
+SUMMARY, CURVES = "summary.json", "curves.png"
+RESPONSES, BATCH_STATISTICS = "layer_responses.json", "batch_statistics.json"
+OF_THE_END = (SUMMARY, CURVES, RESPONSES, BATCH_STATISTICS)  # what tells of the last step alone
 
 
 class DataFacts(NamedTuple):
@@ -72,20 +80,23 @@ def open_run(checkpoint: Path) -> OpenedRun:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: Experiment) -> Iterator[None]:
-    """`workdir`, made if need be, for this run alone and for this config alone.
+def claimed(workdir: Path, config: Experiment) -> Iterator[Experiment | None]:
+    """`workdir`, made if need be, for this run alone, where `config` may go on.
 
-    Of several processes only the first touches it. Settings that decide nothing of a run's numbers
-    (`INCIDENTAL`) may differ from those in its config.json, which then follows.
+    Of several processes only the first touches it. Nothing is written there yet: `begin` does.
+
+    Returns:
+        What has been trained there so far; None if nothing has.
 
     Raises:
         CheckpointError: another process uses it. (A lock left by a killed one is none.)
-        ConfigError: it holds a run of another config; the message shows what differs.
+        CheckpointError: it holds a run that has lost what it would go on from.
+        ConfigError: it holds a run that cannot go on so; the message shows what differs.
     """
     processes.check_same("config", config.to_dict())
     lock = filelock.FileLock(workdir / ".lock", blocking=False)
 
-    def claim() -> None:
+    def claim() -> dict[str, Any] | None:
         workdir.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
@@ -93,22 +104,68 @@ def claimed(workdir: Path, config: Experiment) -> Iterator[None]:
             raise CheckpointError(
                 f"{workdir} is in use by another run; wait for it, or choose another --workdir"
             ) from e
-        changes = check_same(workdir, config, "--workdir")
-        if changes:
-            log.info("%s: goes on with %s", workdir, ", ".join(changes))
-        path = workdir / "config.json"
-        if not path.exists() or read_json(path) != config.to_dict():
-            write_json(path, config.to_dict())
+        check_same(workdir, config, "--workdir")
+        if not has_begun(workdir):
+            return None
+        done = steps_done(workdir)
+        if 0 < done < config.train.steps and not steps_saved(workdir):
+            raise CheckpointError(
+                f"{workdir} is finished at step {done}, and has no checkpoint to go on from; copy "
+                "its checkpoints/ there, or choose another --workdir"
+            )
+        return read_config(workdir).to_dict()
 
     try:
-        processes.on_first(claim)
-        yield
+        before = processes.on_first(claim)
+        yield None if before is None else Experiment.from_dict(before)
     finally:
         lock.release()
 
 
+def begin(workdir: Path, config: Experiment, facts: DataFacts) -> None:
+    """Makes `workdir` say what is trained there from now on: a new run, or an old one further on.
+
+    To be called once nothing is left but to train: a start that fails before, for want of data,
+    leaves the directory free for any other run.
+    """
+    if known_data_facts(workdir) is None:
+        write_json(workdir / "data.json", facts.to_dict())
+    keep_config(workdir, config)
+    for name in OF_THE_END:
+        (workdir / name).unlink(missing_ok=True)
+
+
+def keep_config(workdir: Path, config: Experiment) -> None:
+    """Writes config.json; says what is another setting than before."""
+    changes = check_same(workdir, config, "--workdir")
+    if changes:
+        log.info("%s: goes on with %s", workdir, ", ".join(changes))
+    path = workdir / "config.json"
+    if not path.exists() or read_json(path) != config.to_dict():
+        write_json(path, config.to_dict())
+
+
+def has_begun(workdir: Path) -> bool:
+    """Whether anything was trained there. Without that, a config.json is a failed start's.
+
+    Raises:
+        CheckpointError: nothing says what it was.
+    """
+    begun = steps_saved(workdir) or (workdir / SUMMARY).exists()
+    begun = bool(begun or any(read_metrics(workdir / "metrics.jsonl")))
+    if begun and not (workdir / "config.json").exists():
+        raise CheckpointError(
+            f"{workdir} holds a run, but no config.json that says which; restore it, or choose "
+            "another directory"
+        )
+    return begun
+
+
 def check_same(directory: Path, config: Experiment, flag: str) -> list[str]:
-    """What is incidental and differs between `config` and the run in `directory`, if there is one.
+    """What differs between `config` and the run in `directory`, if there is one, and may.
+
+    These are what decides nothing of a run's numbers (`INCIDENTAL`) and the number of steps and
+    the learning rates (`SCHEDULE`) of those steps that are still to come.
 
     Args:
         flag: by which the user can choose another directory.
@@ -117,19 +174,60 @@ def check_same(directory: Path, config: Experiment, flag: str) -> list[str]:
         Such as ["data.dir b (was a)"].
 
     Raises:
-        ConfigError: something differs that decides the run's numbers.
+        ConfigError: something differs that has decided the run's numbers already.
     """
-    if not (directory / "config.json").exists():
+    if not has_begun(directory):
         return []
-    changes = difference(read_config(directory).to_dict(), config.to_dict())
-    deciding = [
-        f"{name}: {a} there, {b} here" for name, (a, b) in changes.items() if name not in INCIDENTAL
-    ]
-    if deciding:
-        raise ConfigError(
-            f"{directory} holds another run ({', '.join(deciding)}); choose another {flag}"
-        )
+    before = read_config(directory)
+    changes = difference(before.to_dict(), config.to_dict())
+    past = [name for name in changes if name not in (*INCIDENTAL, *SCHEDULE)]
+    done, remark = steps_done(directory), ""
+    if any(name in SCHEDULE for name in changes):
+        other = first_other_rate(before, config, done)
+        if other is not None:
+            past += [name for name in changes if name in SCHEDULE]
+            remark = f"; the learning rate of step {other}, which is done, would be another"
+        elif config.train.steps < done:
+            past += ["train.steps"]
+            remark = f"; {done} steps are done"
+    if past:
+        told = [f"{name}: {a} there, {b} here" for name, (a, b) in changes.items() if name in past]
+        advice = f"choose another {flag}"
+        same_network = before.model.architecture == config.model.architecture
+        if flag == "--workdir" and steps_saved(directory) and same_network:
+            advice += f", where --config.init={directory} begins anew from its weights"
+        raise ConfigError(f"{directory} holds another run ({', '.join(told)}{remark}); {advice}")
     return [f"{name} {b} (was {a})" for name, (a, b) in changes.items()]
+
+
+def steps_done(directory: Path) -> int:
+    """How many steps of a run are not to be done again."""
+    ends = [tree["steps"] for tree in [read_summary(directory)] if tree]
+    return max([0, *steps_saved(directory), *ends])
+
+
+def first_other_rate(a: Experiment, b: Experiment, steps: int) -> int | None:
+    """The first of so many steps at which the learning rates of two experiments differ."""
+    step = np.arange(steps)
+    schedules = [make_schedule(config.optim, config.train.steps) for config in (a, b)]
+    rates = [np.broadcast_to(schedule(step), step.shape) for schedule in schedules]
+    different = np.flatnonzero(rates[0] != rates[1])
+    return int(different[0]) if len(different) else None
+
+
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """What a finished run came to, by its summary.json; None if there is none, or a damaged one."""
+    try:
+        tree = read_json(workdir / SUMMARY)
+    except FileNotFoundError:
+        return None
+    except CheckpointError as e:
+        log.warning("%s; it counts for nothing", e)
+        return None
+    if not all(isinstance(tree.get(name), int | float) for name in ("steps", "test_error")):
+        log.warning("%s lacks its numbers; it counts for nothing", workdir / SUMMARY)
+        return None
+    return tree
 
 
 def difference(
@@ -171,20 +269,26 @@ def facts_of(config: DataConfig, splits: Mapping[str, Examples] | None = None) -
     return DataFacts({name: len(split.label) for name, split in splits.items()}, constants)
 
 
-def keep_data_facts(workdir: Path, facts: DataFacts) -> None:
-    """Writes data.json, once: every later session must have the same data.
-
-    Raises:
-        DatasetError: it says otherwise.
-    """
-    kept = read_data_facts(workdir)
-    if kept is None:
-        write_json(workdir / "data.json", facts.to_dict())
-    elif kept.to_dict() != facts.to_dict():
+def check_data_facts(workdir: Path, facts: DataFacts) -> None:
+    """Raises DatasetError if a run has begun in `workdir` with other images than these."""
+    known = known_data_facts(workdir)
+    if known is not None and known.to_dict() != facts.to_dict():
         raise DatasetError(
-            f"the images must be those that {workdir} began with, {kept.examples} by its data.json;"
-            f" got {facts.examples}, or others; give their directory with --config.data.dir"
+            f"the images must be those that {workdir} began with, {known.examples} by its "
+            f"data.json; got {facts.examples}, or others; give their directory with "
+            "--config.data.dir"
         )
+
+
+def known_data_facts(workdir: Path) -> DataFacts | None:
+    """Those of the run that has begun there; None if they are not known, or no run has."""
+    if not has_begun(workdir):
+        return None
+    try:
+        return read_data_facts(workdir)
+    except CheckpointError as e:
+        log.warning("%s; it is made again from the images", e)
+        return None
 
 
 def read_data_facts(workdir: Path) -> DataFacts | None:

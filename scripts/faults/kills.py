@@ -5,7 +5,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from faults.fault import Result
@@ -17,6 +17,7 @@ from faults.run import (
     is_saving,
     last_row,
     newest,
+    rows,
     uninterrupted,
 )
 
@@ -53,21 +54,72 @@ def kill(runs: int, at: Path) -> Iterator[Result]:
 
 
 def stop(runs: int, at: Path) -> Iterator[Result]:
-    """Sends SIGTERM and SIGINT in turn; the figure is the time it took to save and leave."""
+    """Sends each signal at each moment; the figure is the time it took to save and leave."""
     uninterrupted(at)
     rng = random.Random(1)
     for i in range(runs):
-        number = (signal.SIGTERM, signal.SIGINT)[i % 2]
-        run, step = Run(at, at / f"stopped{i}"), rng.randrange(2, STEPS - 8, LOG_EVERY)
-        run.until_logged(step)
+        # Of four, each signal and each moment once; of sixteen, each with each.
+        number = SIGNALS[i % len(SIGNALS)]
+        moment = list(MOMENTS)[(i + i // len(SIGNALS)) % len(MOMENTS)]
+        run = MOMENTS[moment](at, at / f"stopped{i}", rng)
         start = time.monotonic()
         code = run.send(number)
         seconds, saved = time.monotonic() - start, newest(run.workdir)
+        told = f"at step {saved}, which is saved" if saved else "with nothing new to save"
         held = code == 128 + number and seconds < 10 and last_row(run.workdir) <= saved
-        held = held and run.said(f"stopped by signal {number} at step {saved}, which is saved")
+        held = held and run.said(f"stopped by signal {number.value} {told}")
+        held = held and was_there(moment, run, saved)
         end = finish(at, run.workdir) if held else Result(False, str(run))
-        detail = f"{signal.Signals(number).name} at step {saved} {end.detail}"
-        yield Result(end.held, detail, seconds)
+        yield Result(end.held, f"{number.name} {moment}, step {saved} {end.detail}", seconds)
+
+
+def between_steps(at: Path, directory: Path, rng: random.Random) -> Run:
+    run = Run(at, directory)
+    run.until_logged(rng.randrange(2, STEPS - 8, LOG_EVERY))
+    return run
+
+
+def evaluating(at: Path, directory: Path, rng: random.Random) -> Run:
+    """Image by image, which takes a while: the first evaluation, or the last."""
+    step = rng.choice((STEPS // 2, STEPS))
+    run = Run(at, directory, {"train.eval_batch_size": 1})
+    run.until_logged(step)  # of the training images
+    return run
+
+
+def compiling(at: Path, directory: Path, rng: random.Random) -> Run:
+    """With no cache of compiled programs. The events' file is opened just before."""
+    run = Run(at, directory, JAX_ENABLE_COMPILATION_CACHE="false")
+    run.until(lambda directory: any(directory.glob("tensorboard/events*")))
+    run.until(lambda _: False, rng.uniform(0, 2))
+    return run
+
+
+def loading(at: Path, directory: Path, rng: random.Random) -> Run:
+    """Before the images are there, and with them config.json."""
+    run = Run(at, directory)
+    run.until(lambda directory: (directory / ".lock").exists())
+    return run
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+MOMENTS: dict[str, Callable[[Path, Path, random.Random], Run]] = {
+    "between steps": between_steps,
+    "in an evaluation": evaluating,
+    "in the compiler": compiling,
+    "before the data": loading,
+}
+
+
+def was_there(moment: str, run: Run, saved: int) -> bool:
+    """Whether the signal came when it should: else something else was tried."""
+    begun = (run.workdir / "config.json").exists()
+    if moment == "in an evaluation":
+        tests = [row["step"] for row in rows(run.workdir) if row["split"] == "test"]
+        return saved in (STEPS // 2, STEPS) and saved not in tests
+    if moment == "in the compiler":
+        return begun and not saved
+    return begun == (moment == "between steps") and (saved > 0) == begun
 
 
 def two_runs(runs: int, at: Path) -> Iterator[Result]:

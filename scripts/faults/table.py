@@ -17,10 +17,11 @@ TABLE = {
         100,
     ),
     "stop": Fault(
-        "SIGTERM, SIGINT",
+        "SIGTERM, SIGINT, SIGHUP, SIGUSR1 between steps, in an evaluation, in the compiler, before "
+        "the data",
         "saves, exits with 128 + signal within 10 s, no step lost",
         stop,
-        20,
+        16,
         "s to stop",
     ),
     "full_disk": Fault(

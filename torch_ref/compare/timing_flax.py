@@ -15,7 +15,7 @@ from flax_resnet.data.pixels import Normalization
 from flax_resnet.nn import cpu
 from flax_resnet.parallel import sharding
 from flax_resnet.step import Program, TrainState, init
-from flax_resnet.training.evaluation import make_evaluate
+from flax_resnet.training.evaluation import Evaluation
 from flax_resnet.training.loop import compile_steps, draw_steps
 from torch_ref.compare.timing import (
     NUM_EXAMPLES,
@@ -45,7 +45,7 @@ def prepare_evaluation(
     """Four batches at a time."""
     batch_size = config.train.batch_size
     program, state, examples = start(config, mesh, examples)
-    evaluate = make_evaluate(config.model, program, constants, mesh, batch_size)
+    evaluate = Evaluation(config.model, program, constants, mesh, batch_size)
     few = jax.tree.map(lambda x: x[: batch_size * 4], examples)
 
     metrics: Any = None
