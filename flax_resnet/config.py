@@ -389,6 +389,7 @@ class Experiment(Settings):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
+    init: str | None = None  # whose weights to begin with: a run, a file, or a name; None: new ones
     parallel: Parallel = Parallel.JIT
     batch_norm: Statistics = Statistics.GLOBAL
 
@@ -399,6 +400,7 @@ class Experiment(Settings):
         self.train.validate()
         self.optim.validate(self.train.steps)
         require(0 <= self.seed < 2**63, "seed", "0 to 2^63 - 1", self.seed)
+        require(self.init != "", "init", "a work directory, a file or a name", self.init)
 
     def idle(self) -> dict[str, str]:
         """By path, the settings that change nothing beside the others, and why."""

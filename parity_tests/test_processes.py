@@ -143,6 +143,24 @@ def test_a_signal_to_one_ends_an_evaluation_in_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_only_the_first_needs_the_weights_to_begin_with(one_process: Path, tmp_path: Path) -> None:
+    places = [tmp_path / "first", tmp_path / "second"]
+    for place in places:
+        place.mkdir()
+    shutil.copytree(one_process, places[0] / "source")
+    settings, port = ("--config.init=source", "--config.train.steps=1"), free_port()
+    both = [start(tmp_path / "run", port, i, *settings, at=places[i]) for i in range(2)]
+    errors = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert f"begins with the weights of source, step {STEPS}" in errors[0]
+    like = init(read_config(one_process))[1]
+    ours, theirs = load_state(tmp_path / "run", like, 0), load_state(one_process, like)
+    for a, b in zip(jax.tree.leaves(ours[1:3]), jax.tree.leaves(theirs[1:3]), strict=True):
+        assert np.array_equal(a, b)
+    assert len(rows(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
 def test_only_the_first_speaks(stopped: tuple[Path, list[int], list[str]]) -> None:
     _, _, errors = stopped
     said = [line for line in errors[1].splitlines() if "[Gloo]" not in line]

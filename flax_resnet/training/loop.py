@@ -32,6 +32,7 @@ from flax_resnet.training.evaluation import Evaluation
 from flax_resnet.training.metrics_log import MetricsLog, Row, SilentLog, read_metrics
 from flax_resnet.training.reporter import Done, Reporter, is_due, progress_bar
 from flax_resnet.training.signals import Stopped, StopSignal, stop_signal
+from flax_resnet.training.starting_weights import with_weights_of
 from flax_resnet.training.workdir import (
     CURVES,
     SUMMARY,
@@ -132,11 +133,15 @@ def train(
     done: Done | None = None
     stopped_by = 0
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        state = checkpoints.restore(state) or state
+        restored = checkpoints.restore(state)
+        is_given = restored is None and config.init is not None
+        state = with_weights_of(config, state) if is_given else restored or state
         step = int(state.step)
         if step:
             log.info("%s: going on from step %d", workdir, step)
         on_first(lambda: begin(workdir, config, facts))
+        if is_given:  # so that they are needed no more
+            checkpoints.save(state, None)
         with log_class(workdir, step) as metrics_log, progress_bar(config, step) as bar:
             report = Reporter(config, examples, evaluate, metrics_log, bar, checkpoints, stop, step)
             call = compile_steps(config, program, facts.normalization, mesh)

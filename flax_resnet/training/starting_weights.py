@@ -1,0 +1,180 @@
+"""The weights that `config.init` names for a new run to begin with: another run's, or a file's.
+
+They are read once: the run's first checkpoint, of step 0, holds them.
+"""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flax_resnet.config import Architecture, Experiment, Preprocess, Shortcut
+from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.nn.scan import Tree, stack
+from flax_resnet.parallel.processes import from_first, on_first
+from flax_resnet.parallel.sharding import put
+from flax_resnet.resnet import split
+from flax_resnet.step import TrainState
+from flax_resnet.training.workdir import locate, open_run, read_data_facts
+from flax_resnet.weights import files, pretrained
+from flax_resnet.weights.infer import USUAL_PREPROCESS
+from flax_resnet.weights.state_dict import from_state_dict
+
+log = logging.getLogger(__name__)
+
+
+class Weights(NamedTuple):
+    """A network's arrays, on the host, block by block."""
+
+    params: Tree
+    batch_stats: Tree
+    told: str  # whose they are
+
+
+def with_weights_of(config: Experiment, state: TrainState) -> TrainState:
+    """`state` with the parameters and BatchNorm's statistics that `config.init` names.
+
+    Of several processes only the first needs to have them.
+
+    Raises:
+        ConfigError: there are none of that name, or they are of another network or preprocessing;
+            the message names what differs.
+        WeightsError, CheckpointError: they are damaged, or hold no network of ours.
+    """
+    ours = state.params, state.batch_stats
+    host: Any = jax.device_get(ours)
+
+    def read() -> str:
+        nonlocal host
+        weights = read_weights(config)
+        theirs: Any = weights[:2]
+        if jax.tree.structure(theirs) != jax.tree.structure(host):
+            theirs = jax.device_get(stack(theirs))
+        host = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), theirs, host)
+        return weights.told
+
+    log.info("begins with the weights of %s", on_first(read))
+    params, batch_stats = jax.tree.map(
+        lambda x, like: put(x, like.sharding), from_first(host), ours
+    )
+    return state._replace(params=params, batch_stats=batch_stats)
+
+
+def read_weights(config: Experiment) -> Weights:
+    """What `config.init` names, if it fits `config`. Raises as `with_weights_of` does."""
+    name = config.init or ""
+    path = Path(name).expanduser()
+    with jax.enable_x64(True):  # they may be float64
+        if locate(path)[0].is_dir():
+            return of_run(path, config)
+        if path.suffix not in files.SUFFIXES:
+            return of_published(find(name), config)
+        if not path.is_file():
+            raise ConfigError(f"init: there is no file {path}")
+        has_card = path.suffix == ".safetensors" and path.with_suffix(".json").exists()
+        return of_published(path, config) if has_card else of_torch(path, config)
+
+
+def find(name: str) -> Path:
+    """The file of published weights of that name."""
+    try:
+        return pretrained.find(name)
+    except WeightsError as e:
+        raise ConfigError(
+            "init must be a work directory, one of its checkpoints (WORKDIR/checkpoints/STEP), a "
+            f"file ({', '.join(files.SUFFIXES)}) or the name of published weights: {e}"
+        ) from e
+
+
+def of_run(path: Path, config: Experiment) -> Weights:
+    run = open_run(path)
+    told = f"{run.directory}, step {run.step}"
+    check_architecture(told, run.config.model.architecture, config.model.architecture)
+    # A work directory of convert.py knows nothing of data but what was assumed.
+    is_certain = read_data_facts(run.directory) is not None
+    check_preprocess(told, run.config.data.preprocess, config, is_certain=is_certain)
+    return Weights(run.state.params, run.state.batch_stats, told)
+
+
+def of_published(path: Path, config: Experiment) -> Weights:
+    card = pretrained.read_card(path)
+    told = f"{path}"
+    check_architecture(told, card.config.model.architecture, config.model.architecture)
+    check_preprocess(told, card.config.data.preprocess, config, is_certain=True)
+    _, *arrays = split(pretrained.load_pretrained(path))
+    params, batch_stats = jax.device_get(arrays)
+    return Weights(params, batch_stats, told)
+
+
+def of_torch(path: Path, config: Experiment) -> Weights:
+    """Of a PyTorch file, whose keys do not tell everything: the rest is as `config` has it."""
+    state_dict = files.read(path).state_dict
+    by_keys = imported = from_state_dict(state_dict)
+    ours = config.model
+    with contextlib.suppress(WeightsError):  # if the keys say otherwise, the next check tells
+        imported = from_state_dict(
+            state_dict,
+            shortcut=ours.shortcut,
+            channel_pad=ours.channel_pad,
+            projection=ours.projection,
+        )
+    check_architecture(f"{path}", imported.config.architecture, ours.architecture)
+    for name in ("shortcut", "channel_pad"):
+        if any(assumption.startswith(name) for assumption in by_keys.assumed):
+            value = getattr(ours, name).value
+            log.warning("%s does not tell its %s: taken to be this run's, %s", path, name, value)
+    usual = USUAL_PREPROCESS[imported.layout]
+    check_preprocess(f"{path}", usual, config, is_certain=False)
+    return Weights(imported.params, imported.batch_stats, f"{path}, layout {imported.layout.value}")
+
+
+def check_architecture(source: str, theirs: Architecture, ours: Architecture) -> None:
+    """Raises ConfigError unless the arrays of one network do in the other what they did."""
+    a, b = settings(theirs), settings(ours)
+    different = [
+        f"{name}: {a[name]} there, {b[name]} here" for name in a if name in b and a[name] != b[name]
+    ]
+    if different:
+        raise ConfigError(
+            f"init: {source} holds another network ({', '.join(different)}); set --config.model to "
+            "the same, or choose other weights"
+        )
+
+
+def settings(architecture: Architecture) -> dict[str, Any]:
+    """An architecture by the settings that make it, those left out that its shortcut lacks."""
+    found: dict[str, Any] = {
+        "model.depth": 2 + 2 * sum(architecture.blocks),
+        "model.shortcut": architecture.shortcut.value,
+        "model.stem": architecture.stem.value,
+        "model.conv_bias": architecture.conv_bias,
+        "model.num_classes": architecture.num_classes,
+    }
+    if architecture.shortcut is Shortcut.A:
+        found["model.channel_pad"] = architecture.channel_pad.value
+    if architecture.shortcut in (Shortcut.B, Shortcut.C):
+        found["model.projection"] = architecture.projection.value
+    return found
+
+
+def check_preprocess(
+    source: str, theirs: Preprocess, config: Experiment, *, is_certain: bool
+) -> None:
+    """Raises ConfigError if the weights know another preprocessing; warns if they may."""
+    ours = config.data.preprocess
+    if theirs is ours:
+        return
+    if is_certain:
+        raise ConfigError(
+            f"init: {source} knows images by data.preprocess {theirs.value}, this run's is "
+            f"{ours.value}; set --config.data.preprocess={theirs.value}"
+        )
+    log.warning(
+        "%s does not tell data.preprocess: usual is %s, this run's is %s",
+        source,
+        theirs.value,
+        ours.value,
+    )
