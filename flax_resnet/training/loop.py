@@ -104,9 +104,9 @@ def of_finished_run(workdir: Path, config: Experiment) -> dict[str, Any] | None:
 def draw_curves(workdir: Path, title: str) -> None:
     """Makes the picture of a finished run, unless it is there. That it cannot be is a warning."""
     path = workdir / CURVES
-    rows = list(read_metrics(workdir / "metrics.jsonl"))
-    if rows and not path.exists():
-        with drawing.attempted(f"{path}"):
+    with drawing.attempted(f"{path}"):
+        rows = list(read_metrics(workdir / "metrics.jsonl"))
+        if rows and not path.exists():
             plot_curves(rows, path, title)
 
 
