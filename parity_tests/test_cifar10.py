@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import logging
 import os
 import signal
 import socket
@@ -266,12 +267,69 @@ def test_damaged_description_is_refused_where_there_is_no_archive(root, prepared
         cifar10.load(str(root))
 
 
-def test_file_format_that_needs_tensorflow_is_refused(root, prepared):
+# A directory that is not quite the one that was asked for.
+
+
+@pytest.mark.parametrize(
+    "inner", ["cifar10/3.0.2", "cifar10", "cifar10/3.0.2/.", "cifar10/../cifar10"]
+)
+def test_a_directory_too_deep_is_understood(root, prepared, inner, caplog):
+    before = sorted(root.rglob("*"))
+    with caplog.at_level(logging.INFO, "flax_resnet"):
+        assert_same(cifar10.load(f"{root}/{inner}"), prepared)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == cifar10.__name__]
+    assert line.endswith(f"reading {dataset_path(root)}")
+    assert sorted(root.rglob("*")) == before
+
+
+def test_a_directory_too_deep_may_be_the_current_one(root, prepared, monkeypatch):
+    monkeypatch.chdir(dataset_path(root))
+    assert_same(cifar10.load("."), prepared)
+
+
+def test_a_copy_of_the_inner_folder_alone_is_understood(root, prepared, tmp_path):
+    dataset_path(root).rename(tmp_path / "images")
+    assert_same(cifar10.load(str(tmp_path / "images")), prepared)
+
+
+@pytest.mark.parametrize("inner", ["cifar10/3.0.2", "cifar10"])
+def test_what_a_directory_too_deep_lacks_is_prepared_where_it_belongs(root, archive, inner):
+    (root / "cifar10" / "3.0.1").mkdir(parents=True)  # so that `cifar10` is TFDS's folder
+    assert_same(cifar10.load(f"{root}/{inner}"), archive)
+    assert dataset_path(root).exists()
+    assert not (root / inner / "downloads").exists()
+
+
+def test_a_data_directory_of_that_name_is_no_directory_too_deep(tmp_path, served, monkeypatch):
+    archive = put_archive(tmp_path, monkeypatch, seed=0)
+    archive_path(tmp_path).rename(served)
+    for _ in range(2):
+        assert_same(cifar10.load(str(tmp_path / "cifar10")), archive)
+        assert dataset_path(tmp_path / "cifar10").exists()
+
+
+def test_another_dataset_is_refused(root, prepared):
     path = dataset_path(root) / "dataset_info.json"
-    path.write_text(path.read_text().replace("array_record", "tfrecord"))
-    for shard in dataset_path(root).glob("*array_record*"):
-        shard.rename(shard.with_name(shard.name.replace("array_record", "tfrecord")))
-    with pytest.raises(DatasetError, match=r"needs no TensorFlow .*tfrecord.* delete it"):
+    path.write_text(path.read_text().replace('"cifar10"', '"cifar100"'))
+    for shard in dataset_path(root).glob("cifar10-*"):
+        shard.rename(shard.with_name(shard.name.replace("cifar10", "cifar100")))
+    dataset_path(root).rename(root / "other")
+    with pytest.raises(DatasetError, match="other must hold cifar10, got cifar100"):
+        cifar10.load(str(root / "other"))
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match=r"must be a directory, got the file .*/file"):
+        cifar10.load(str(tmp_path / "file"))
+
+
+def test_a_directory_that_may_not_be_written_is_named(root, monkeypatch):
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(DatasetError, match=rf"cannot prepare CIFAR-10 in {root} .*Permission"):
         cifar10.load(str(root))
 
 

@@ -2,10 +2,11 @@
 
 TFDS reads `array_record` files without TensorFlow, but needs it to prepare CIFAR-10. The builder
 here replaces the two steps that do (unpacking the archive, encoding PNG) and writes what TFDS
-would have written: stock `tfds.builder("cifar10", data_dir=...)` reads it.
+would have written: stock `tfds.builder("cifar10", data_dir=...)` reads it. A copy that TFDS itself
+has prepared is in `tfrecord` files, its default, which are read too.
 
-Nothing is believed unseen: the archive has a known digest, each record its hash (array_record's),
-the decoded copy in the cache a digest of ours.
+Nothing is believed unseen: the archive has a known digest, each record its checksum, the decoded
+copy in the cache a digest of ours.
 """
 
 import contextlib
@@ -15,11 +16,12 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import tarfile
 import time
 import urllib.request
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,14 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from flax_resnet.data import tfrecord
 from flax_resnet.data.examples import Examples
 from flax_resnet.errors import DatasetError
 
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_BYTES = 170_052_171
 ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-VERSION = "3.0.2"
+NAME, VERSION = "cifar10", "3.0.2"
 
 _SPLITS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 _TIMEOUT_SECONDS = 10  # to connect, and between two pieces of the download
@@ -51,8 +54,9 @@ def load(
     """Returns CIFAR-10, first downloaded and prepared if `data_dir` does not hold it.
 
     Args:
-      data_dir: TFDS's data directory, the one with `cifar10/3.0.2` inside. By default TFDS's own
-        choice: TFDS_DATA_DIR of the environment, else ~/tensorflow_datasets.
+      data_dir: TFDS's data directory, the one with `cifar10/3.0.2` inside, or one of these two
+        folders. By default TFDS's own choice: TFDS_DATA_DIR of the environment, else
+        ~/tensorflow_datasets.
       splits: which are wanted; the others are not read.
 
     Returns:
@@ -67,8 +71,13 @@ def load(
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in data_dir:
         raise DatasetError(f"the data directory must be a local path, got {data_dir}")
-    root = Path(data_dir).expanduser()
-    dataset = root / "cifar10" / VERSION
+    given = Path(data_dir).expanduser()
+    if given.exists() and not given.is_dir():
+        raise DatasetError(f"the data directory must be a directory, got the file {given}")
+    dataset = _find(given)
+    root = dataset.parents[1]
+    if root != given:
+        _log.info("%s is within tensorflow-datasets' directory: reading %s", given, dataset)
     if not dataset.exists():
         _prepare(root, dataset)
     try:
@@ -78,6 +87,23 @@ def load(
             raise
         _prepare(root, dataset, error)
         return _load(dataset, splits)
+
+
+def _find(given: Path) -> Path:
+    """The dataset's own folder, in the data directory `given` or, if `given` lies too deep, above.
+
+    It need not be there. A copy of that folder under other names is found as well.
+    """
+    dataset = given / NAME / VERSION
+    if dataset.exists() or _archive(given).exists():
+        return dataset
+    absolute = Path(os.path.abspath(given))
+    if absolute.parts[-2:] == (NAME, VERSION) or (given / "dataset_info.json").exists():
+        return absolute
+    versions = [path for path in given.glob("*.*.*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    if (given / VERSION).exists() or (absolute.name == NAME and versions):
+        return absolute / VERSION
+    return dataset
 
 
 class _DamagedError(DatasetError):
@@ -227,7 +253,7 @@ def _check_archive(path: Path) -> None:
 def _open(dataset: Path) -> tuple[tfds.core.DatasetBuilder, str]:
     """Opens a prepared dataset; the string changes when the dataset does."""
     try:
-        builder = tfds.builder_from_directory(dataset, file_format="array_record")
+        builder = tfds.builder_from_directory(dataset, file_format=_format(dataset))
         shards = [Path(path) for split in _SPLITS for path in builder.info.splits[split].filepaths]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
         info = (dataset / "dataset_info.json").read_text()
@@ -235,16 +261,25 @@ def _open(dataset: Path) -> tuple[tfds.core.DatasetBuilder, str]:
         # One in another format is none of ours to replace.
         kind = DatasetError if _is_of_another_format(dataset) else _DamagedError
         raise kind(
-            f"cannot read {dataset} as array_record, which needs no TensorFlow ({_reason(error)}):"
-            " delete it to have it prepared anew, or give another data directory"
+            f"cannot read {dataset} as array_record or tfrecord, which need no TensorFlow"
+            f" ({_reason(error)}): delete it to have it prepared anew, or give another data"
+            " directory"
         ) from error
+    if builder.info.name != NAME:
+        raise DatasetError(f"{dataset} must hold {NAME}, got {builder.info.name}")
     return builder, _sha256(repr((_CACHE_FORMAT, info, stats)))
+
+
+def _format(dataset: Path) -> str | None:
+    """To be asked for; None for a TFRecord copy, whose description may be too old to name it."""
+    is_tfrecord = any(dataset.glob("*.tfrecord-*")) and not any(dataset.glob("*.array_record-*"))
+    return None if is_tfrecord else "array_record"
 
 
 def _is_of_another_format(dataset: Path) -> bool:
     try:
         info = json.loads((dataset / "dataset_info.json").read_text())
-        return info.get("fileFormat", "array_record") != "array_record"
+        return info.get("fileFormat", "array_record") not in ("array_record", "tfrecord")
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -271,24 +306,32 @@ def _decode_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
     ids: list[bytes] = []
     # PNG is decoded here: TFDS does the same with PIL, but warns that OpenCV would be faster.
     decoders = {"image": tfds.decode.SkipDecoding()}
-    as_data_source: Any = builder.as_data_source  # A decorator hides its signature from pyright.
-    source = as_data_source(split, decoders=decoders)
+    features: Any = builder.info.features
     for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
         try:  # A shard at a time, so that the error can name it.
-            # array_record opens a file that was cut short as one of 0 records.
-            if (found := len(ArrayRecordDataSource([os.fspath(path)]))) != length:
-                raise ValueError(f"{found} records instead of {length}")
-            for example in source.__getitems__(range(len(ids), len(ids) + length)):
+            records = _read_records(Path(path))
+            if len(records) != length:
+                raise ValueError(f"{len(records)} records instead of {length}")
+            for record in records:
+                example = features.deserialize_example_np(record, decoders=decoders)
                 image[len(ids)] = np.asarray(Image.open(io.BytesIO(example["image"])))
                 label[len(ids)] = example["label"]
                 ids.append(example["id"])
-        except Exception as error:  # Neither array_record nor TFDS says what it raises.
+        except Exception as error:  # Neither array_record nor PIL nor TFDS says what it raises.
             raise _DamagedError(
                 f"{path} is damaged ({_reason(error)}): delete {builder.data_dir} to have it"
                 " prepared anew"
             ) from error
     order = np.argsort(np.array(ids))
     return Examples(image[order], label[order])
+
+
+def _read_records(shard: Path) -> Sequence[bytes]:
+    if ".tfrecord-" in shard.name:
+        return tfrecord.read(shard)
+    source = ArrayRecordDataSource([os.fspath(shard)])
+    # One that was cut short opens as one of 0 records, of which none may be asked for.
+    return source.__getitems__(range(len(source))) if len(source) else []
 
 
 def _read_entries(entries: dict[str, Path]) -> dict[str, Examples]:
