@@ -47,6 +47,13 @@ def test_the_two_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         assert set(checkpoints.manager.all_steps()) >= {2, 4, 5}
         assert not set(checkpoints.manager.all_steps()) & {1}
         assert checkpoints.best_step() == 2
+    assert digest(load_state(tmp_path, state_at(0), "best")) == digest(state_at(2))
+
+
+def test_a_best_that_nobody_measured_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path, None)
+    with pytest.raises(CheckpointError, match="does not tell which checkpoint is the best: give a"):
+        load_state(tmp_path, state_at(0), "best")
 
 
 @pytest.mark.parametrize("kind", ["flip", "truncate"])

@@ -375,3 +375,77 @@ def test_what_a_start_left_that_made_no_step_binds_nobody(fake: Path, left: str)
     (fake / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
     with pytest.raises(ConfigError, match="holds another run"):
         workdir.check_same(fake, experiment(seed=1), "--workdir")
+
+
+# --- Checkpoints by name --------------------------------------------------------------------------
+
+
+def make_run(directory: Path, *steps: int) -> Path:
+    for step in steps:
+        (directory / "checkpoints" / str(step)).mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("given", "step"),
+    [
+        (".", None),
+        ("checkpoints", None),
+        ("checkpoints/", None),
+        ("checkpoints/latest", None),
+        ("checkpoints/best", "best"),
+        ("checkpoints/best/", "best"),
+        ("checkpoints/8", 8),
+        ("checkpoints/8/", 8),
+        ("checkpoints/17", 17),  # which is not there: for `Checkpoints.restore` to say
+    ],
+)
+@pytest.mark.parametrize("name", ["run", "checkpoints", "checkpoints/20"])
+def test_a_checkpoint_by_its_name(given: str, step: object, name: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / name, 4, 8)
+    assert workdir.is_run(run / given)
+    assert workdir.locate(run / given) == (run, step)
+
+
+def test_a_folder_named_checkpoints_need_not_be_a_runs(tmp_path: Path) -> None:
+    run, empty = make_run(tmp_path / "checkpoints/run", 4), tmp_path / "checkpoints/empty"
+    assert workdir.locate(empty) == (empty, None)
+    make_run(tmp_path)
+    assert workdir.locate(run) == (run, None)
+
+
+def test_a_checkpoint_by_a_name_from_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", 4)
+    for folder, given, step in [("", ".", None), ("4", ".", 4), ("4", "..", None), ("", "4", 4)]:
+        monkeypatch.chdir(run / "checkpoints" / folder)
+        directory, found = workdir.locate(Path(given))
+        assert (directory.resolve(), found) == (run, step)
+
+
+@pytest.mark.parametrize("name", ["newest", "4/state", "step_4", "best.pt"])
+def test_a_checkpoint_that_there_is_not_names_those_that_there_are(
+    name: str, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "run", 10, 8) / "checkpoints"
+    (folder / "12.orbax-checkpoint-tmp").mkdir()
+    with pytest.raises(CheckpointError) as refusal:
+        workdir.locate(folder / name)
+    assert str(refusal.value) == (
+        f"{folder / name} is no checkpoint; {folder} has latest, best and 8, 10"
+    )
+
+
+def test_a_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("a.pt", "checkpoints/a.th", "checkpoints/a.safetensors"):
+        assert not workdir.is_run(tmp_path / name)
+    (tmp_path / "checkpoints" / "a").touch()
+    assert not workdir.is_run(tmp_path / "checkpoints" / "a")
+
+
+def test_a_step_that_there_is_not_names_those_that_there_are(finished: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"step 17; {finished}/checkpoints has .* 3, 6$"):
+        open_run(finished / "checkpoints" / "17")

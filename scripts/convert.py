@@ -1,10 +1,11 @@
 """A network from PyTorch to Flax or back: `python scripts/convert.py SRC DST`.
 
 SRC is a PyTorch file (.pt, .pth, .th, .safetensors) in any layout that `Layout` names, a run's
-work directory, or one of its checkpoints, WORKDIR/checkpoints/STEP. DST's ending says what is
-written: a PyTorch file, or without an ending a work directory, which scripts/evaluate.py and this
-script read. Printed are every key with its shape and where it went, what the file does not tell and
-was assumed, and how far the two networks' logits on the same random images are apart.
+work directory, or one of its checkpoints, WORKDIR/checkpoints/STEP or WORKDIR/checkpoints/best.
+DST's ending says what is written: a PyTorch file, or without an ending a work directory, which
+scripts/evaluate.py and this script read. Printed are every key with its shape and where it went,
+what the file does not tell and was assumed, and how far the two networks' logits on the same random
+images are apart.
 
 Not converted: the optimizer's state (a new work directory begins with momentum 0), and the
 projections that tanjeffreyz's files hold but do not use (named in the table).
@@ -19,7 +20,7 @@ from flax_resnet import cli
 from flax_resnet.config import ChannelPad, Preprocess, Shortcut
 from flax_resnet.errors import ConfigError
 from flax_resnet.training.converted import check_target, is_workdir_name, write_workdir
-from flax_resnet.training.workdir import open_run
+from flax_resnet.training.workdir import is_run, open_run
 from flax_resnet.weights import account, files
 from flax_resnet.weights.infer import USUAL_PREPROCESS
 from flax_resnet.weights.layouts import Layout, StateDict
@@ -45,14 +46,15 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace DST if it is there")
 
 def main(src: str, dst: str) -> None:
     source, target, to_flax = Path(src), Path(dst), is_workdir_name(dst)
-    if to_flax and source.is_dir():
+    from_flax = is_run(source)
+    if to_flax and from_flax:
         raise ConfigError(f"{source} and {target} are both Flax's: nothing to convert")
     unused = LAYOUT if to_flax else PREPROCESS
     if unused.present:
         raise ConfigError(f"--{unused.name} would change nothing: DST is {kind_of(to_flax)}")
     check_target(target, is_workdir=to_flax, overwrite=OVERWRITE.value)
     jax.config.update("jax_enable_x64", True)
-    imported, state_dict = read_flax(source) if source.is_dir() else read_torch(source)
+    imported, state_dict = read_flax(source) if from_flax else read_torch(source)
     layout = imported.layout if to_flax else LAYOUT.value
     if not to_flax:
         architecture, *arrays = imported.config.architecture, imported.params, imported.batch_stats

@@ -1,6 +1,7 @@
 """Test error of a network: `python scripts/evaluate.py --checkpoint runs/resnet20`.
 
-A work directory stands for its newest checkpoint, `WORKDIR/checkpoints/STEP` for that one, and a
+A work directory stands for its newest checkpoint, `WORKDIR/checkpoints/STEP` for that one,
+`WORKDIR/checkpoints/best` for the one with the lowest error that the run itself measured, and a
 PyTorch file (.pt, .pth, .th, .safetensors) for itself. Settings are the run's own, or what the
 file's keys tell; each can be overridden: `--config.data.dir=...`. A PyTorch file does not tell its
 preprocessing, nor always its shortcut and padding: what is assumed is printed, and `--preprocess`,
@@ -27,13 +28,13 @@ from flax_resnet.parallel import sharding
 from flax_resnet.resnet import param_dtype
 from flax_resnet.step import TrainState, init
 from flax_resnet.training.evaluation import Evaluation, make_evaluate_by_batch_statistics
-from flax_resnet.training.workdir import open_run, read_config, read_data_facts
+from flax_resnet.training.workdir import is_run, open_run, read_config, read_data_facts
 from flax_resnet.weights import files
 from flax_resnet.weights.infer import USUAL_PREPROCESS
 from flax_resnet.weights.state_dict import Imported, from_state_dict
 
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "WORKDIR, WORKDIR/checkpoints/STEP or a PyTorch file"
+    "checkpoint", None, "WORKDIR, WORKDIR/checkpoints/STEP, .../best or a PyTorch file"
 )
 PREPROCESS = flags.DEFINE_enum_class("preprocess", None, Preprocess, "how pixels become numbers")
 BATCH_STATISTICS = flags.DEFINE_bool(
@@ -64,7 +65,7 @@ class Subject(NamedTuple):
 def main() -> None:
     path = Path(CHECKPOINT.value)
     jax.config.update("jax_enable_x64", True)  # it may hold float64; `override` decides
-    subject = read_run(path) if path.is_dir() else read_torch(path)
+    subject = read_run(path) if is_run(path) else read_torch(path)
     config, params, batch_stats, constants, title = subject
     print(f"{title}, preprocess {config.data.preprocess.value}")
     source.check_classes(config.data, config.model.num_classes)

@@ -21,7 +21,7 @@ from flax_resnet import cli
 from flax_resnet.config import ChannelPad, Experiment, Shortcut
 from flax_resnet.errors import ConfigError
 from flax_resnet.step import init
-from flax_resnet.training.workdir import open_run
+from flax_resnet.training.workdir import is_run, open_run
 from flax_resnet.weights import files
 from flax_resnet.weights.state_dict import from_state_dict
 from torch_ref.compare.trace import Weights, compare
@@ -77,9 +77,9 @@ def random_weights(config: Experiment) -> Weights:
 
 
 def load(source: str) -> Weights:
-    """The network of a run, of `RUN/checkpoints/STEP`, or of a PyTorch file."""
+    """The network of a run, of `RUN/checkpoints/STEP` (or `best`), or of a PyTorch file."""
     path = Path(source)
-    if path.is_dir():
+    if is_run(path):
         run = open_run(path)
         return Weights(run.config.model, run.state.params, run.state.batch_stats)
     imported = from_state_dict(

@@ -6,9 +6,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -136,9 +136,7 @@ class Checkpoints:
         """What `restore` gives, in this process alone: for the first of several."""
         steps = sorted(self.manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
-            raise CheckpointError(
-                f"{self.directory} has no checkpoint of step {step}, only {steps}"
-            )
+            raise CheckpointError(f"no checkpoint of step {step}; {names(self.directory, steps)}")
         steps = steps if step is None else [step]
         for candidate in steps:
             try:
@@ -238,8 +236,10 @@ def steps_saved(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def load_state(workdir: Path, like: TrainState, step: int | None = None) -> TrainState:
-    """The newest good checkpoint of a run, or the one of `step`.
+def load_state(
+    workdir: Path, like: TrainState, step: int | Literal["best"] | None = None
+) -> TrainState:
+    """The newest good checkpoint of a run, the one of `step`, or the one with the lowest error.
 
     Of several processes only the first can.
 
@@ -250,10 +250,21 @@ def load_state(workdir: Path, like: TrainState, step: int | None = None) -> Trai
     if not directory.is_dir():
         raise CheckpointError(f"{workdir} has no checkpoint")
     with Checkpoints(directory, read_only=True) as checkpoints:
+        if step == "best" and (step := checkpoints.best_step()) is None:
+            raise CheckpointError(
+                f"{directory} does not tell which checkpoint is the best: give a step, or latest"
+            )
         state = checkpoints.read(like, step)
     if state is None:
         raise CheckpointError(f"{workdir} has no checkpoint")
     return state
+
+
+def names(directory: Path, steps: Sequence[int]) -> str:
+    """What a user can ask `directory` for, in words."""
+    if not steps:
+        return f"{directory} has none"
+    return f"{directory} has latest, best and {', '.join(map(str, sorted(steps)))}"
 
 
 def digest(state: TrainState) -> str:

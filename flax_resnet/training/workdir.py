@@ -7,9 +7,10 @@ summary.json and curves.png.
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import filelock
 import jax
@@ -24,7 +25,7 @@ from flax_resnet.json_files import read_json, write_json
 from flax_resnet.optim import make_schedule
 from flax_resnet.parallel import processes
 from flax_resnet.step import TrainState, init
-from flax_resnet.training.checkpoint import load_state, steps_saved
+from flax_resnet.training.checkpoint import load_state, names, steps_saved
 from flax_resnet.training.metrics_log import read_metrics
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,12 @@ class OpenedRun(NamedTuple):
 
 
 def open_run(checkpoint: Path) -> OpenedRun:
-    """What `WORKDIR` (its newest whole checkpoint) or `WORKDIR/checkpoints/STEP` holds.
+    """What a checkpoint holds.
+
+    Args:
+        checkpoint: WORKDIR/checkpoints/STEP, WORKDIR/checkpoints/best (the one with the lowest
+            error), or, for the newest that is whole, WORKDIR, WORKDIR/checkpoints or
+            WORKDIR/checkpoints/latest.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -307,8 +313,35 @@ def read_data_facts(workdir: Path) -> DataFacts | None:
         raise CheckpointError(f"{path} is damaged ({type(e).__name__}: {e})") from e
 
 
-def locate(checkpoint: Path) -> tuple[Path, int | None]:
-    """Work directory and step (None: the newest) of `WORKDIR` or `WORKDIR/checkpoints/STEP`."""
-    if checkpoint.name.isdecimal() and checkpoint.parent.name == "checkpoints":
-        return checkpoint.parent.parent, int(checkpoint.name)
+def is_run(path: Path) -> bool:
+    """Whether `path` is meant as a run or a checkpoint of it, rather than as a file."""
+    if path.exists():
+        return path.is_dir()
+    return path.parent.name == "checkpoints" and not path.suffix
+
+
+def locate(checkpoint: Path) -> tuple[Path, int | Literal["best"] | None]:
+    """Work directory and step (None: the newest) of what `open_run` is given.
+
+    Raises:
+        CheckpointError: WORKDIR/checkpoints holds nothing of that name.
+    """
+    # A work directory may itself be named "checkpoints", or lie in a folder of that name.
+    if (checkpoint / "config.json").exists():
+        return checkpoint, None
+    path = checkpoint if "checkpoints" in checkpoint.parts else Path(os.path.abspath(checkpoint))
+    for folder in (path, *path.parents):
+        directory = folder.parent
+        if folder.name != "checkpoints" or not (directory / "config.json").exists():
+            continue
+        match path.relative_to(folder).parts:
+            case () | ("latest",):
+                return directory, None
+            case ("best",):
+                return directory, "best"
+            case (name,) if name.isdecimal():
+                return directory, int(name)
+            case (name, *_):
+                steps = [int(x.name) for x in folder.iterdir() if x.name.isdecimal()]
+                raise CheckpointError(f"{path} is no checkpoint; {names(folder, steps)}")
     return checkpoint, None
