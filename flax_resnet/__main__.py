@@ -7,6 +7,7 @@ import runpy
 import sys
 
 from flax_resnet.shipped import COMMANDS, IN_WHEEL, ROOT, SCRIPTS
+from flax_resnet.streams import prepare_streams, write_out
 
 USER_ERROR = 2  # exit code
 HELP = ("--help", "-help", "-h", "help")
@@ -14,9 +15,14 @@ HELP = ("--help", "-help", "-h", "help")
 
 def main() -> None:
     """Runs the script of a command with the rest of the command line."""
+    prepare_streams()
     name, *arguments = sys.argv[1:] or [""]
     if name in HELP:
-        print(usage())
+        try:
+            print(usage())
+            write_out()
+        except OSError as e:
+            fail(str(e))
     elif name in COMMANDS:
         start(name, arguments)
     else:

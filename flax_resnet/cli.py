@@ -15,10 +15,12 @@ from absl import logging as absl_logging
 
 from flax_resnet import config_file, help, setting_flags
 from flax_resnet.config import DType, Experiment
-from flax_resnet.errors import ConfigError, UserError
+from flax_resnet.errors import ConfigError
 from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.parallel import processes
 from flax_resnet.shipped import COMMANDS
+from flax_resnet.streams import prepare_streams, write_out
+from flax_resnet.surroundings import check_spelling, explain, hear_devices
 from flax_resnet.training import signals
 
 USER_ERROR = 2  # exit code
@@ -143,6 +145,7 @@ def run(main: Callable[..., None], *names: str) -> None:
         names: of the arguments that `main` takes from the command line, such as "SRC"; if the last
             ends in "...", one or more of it.
     """
+    prepare_streams()
     keep_memory()
     keep_compiled_programs()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax and TFDS speak to their own developers
@@ -155,6 +158,7 @@ def run(main: Callable[..., None], *names: str) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    hear_devices(handler)
     app.run(lambda argv: guarded(lambda: call(main, argv, names)), flags_parser=parse_flags)
 
 
@@ -185,6 +189,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         if any(argument in HELP for argument in argv[1:]):
             print(help_page(argv))
             sys.exit()
+        check_spelling(argv[1:])
         check_config_flag(config_values(argv))
         for argument in itertools.takewhile(lambda argument: argument != "--", argv[1:]):
             setting_flags.check(argument)
@@ -237,18 +242,20 @@ def as_typed(text: str) -> str:
 
 
 def guarded(function: Callable[[], Any]) -> Any:
+    """What `function` returns. What a user can mend ends the process with one line instead."""
     try:
-        return function()
+        try:
+            return function()
+        finally:
+            write_out()
     except signals.Stopped as e:
         if jax.distributed.is_initialized():  # whose processes leave together
             raise
         signals.end_process(e, is_told=True)  # Python would wait for what is being computed
-    except (UserError, OSError, jax.errors.JaxRuntimeError) as e:
-        message = " ".join(str(e).split())
-        if isinstance(e, jax.errors.JaxRuntimeError):
-            if not jax.distributed.is_initialized():
-                raise
-            message = f"another process is gone; start all again ({message[:200]})"
+    except Exception as e:
+        message = explain(e)
+        if message is None:
+            raise
         print(f"error: {message}", file=sys.stderr)
         if os.environ.get("FLAX_RESNET_TRACEBACK"):
             raise

@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 from faults.damage import damage
@@ -100,6 +101,20 @@ def test_no_good_checkpoint_is_an_error_and_no_fresh_start(tmp_path: Path) -> No
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(tried steps"):
         load_state(tmp_path, state_at(0))
+
+
+def test_want_of_memory_is_no_damage_to_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, None)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(CheckpointError, match="1 cannot be read: .*Out of memory") as refusal:
+        load_state(tmp_path, state_at(0))
+    assert "remove" not in str(refusal.value)
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:

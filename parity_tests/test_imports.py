@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 # What stands on a floor imports what stands below it, and nothing beside it.
 FLOORS = (
-    {"errors", "shipped"},
-    {"settings", "json_files", "drawing"},
+    {"errors", "shipped", "streams"},
+    {"settings", "json_files", "drawing", "surroundings"},
     {"config"},
     {"data", "nn"},
     {"parallel"},

@@ -256,7 +256,7 @@ def _open(dataset: Path) -> tuple[tfds.core.DatasetBuilder, str]:
         builder = tfds.builder_from_directory(dataset, file_format=_format(dataset))
         shards = [Path(path) for split in _SPLITS for path in builder.info.splits[split].filepaths]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-        info = (dataset / "dataset_info.json").read_text()
+        info = (dataset / "dataset_info.json").read_text(encoding="utf-8")
     except Exception as error:  # TFDS does not say what it raises on damaged files.
         # One in another format is none of ours to replace.
         kind = DatasetError if _is_of_another_format(dataset) else _DamagedError
@@ -278,7 +278,7 @@ def _format(dataset: Path) -> str | None:
 
 def _is_of_another_format(dataset: Path) -> bool:
     try:
-        info = json.loads((dataset / "dataset_info.json").read_text())
+        info = json.loads((dataset / "dataset_info.json").read_text(encoding="utf-8"))
         return info.get("fileFormat", "array_record") not in ("array_record", "tfrecord")
     except (OSError, ValueError, AttributeError):
         return False

@@ -29,7 +29,7 @@ def write_readme(directory: Path, figures: Sequence[str] = ()) -> None:
     for name in figures:
         lines += ["", f"![{Path(name).stem.replace('_', ' ')}]({name})"]
     lines += ["", NOTES]
-    (directory / "README.md").write_text("\n".join(lines) + "\n")
+    (directory / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_index(root: Path) -> None:
@@ -49,7 +49,7 @@ def write_index(root: Path) -> None:
         lines += [*table(group_runs(find_runs([directory])), root), ""]
         if (directory / "README.md").exists():
             lines += [f"[Figures]({directory.name}/README.md)", ""]
-    (root / "README.md").write_text("\n".join([*lines, NOTES]) + "\n")
+    (root / "README.md").write_text("\n".join([*lines, NOTES]) + "\n", encoding="utf-8")
 
 
 NOTES = """\

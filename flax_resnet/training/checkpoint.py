@@ -20,6 +20,7 @@ from flax_resnet.nn.scan import stack, unstack
 from flax_resnet.parallel import processes
 from flax_resnet.parallel.sharding import put
 from flax_resnet.step import TrainState
+from flax_resnet.surroundings import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,8 @@ class Checkpoints:
                 state = self._restore_one(like, candidate)
             except CheckpointError as e:
                 log.warning("%s", e)
+                if is_out_of_memory(e) and candidate == steps[-1]:
+                    raise  # perhaps no checkpoint's fault, so none is to be removed for it
             else:
                 return state
         if steps:
