@@ -13,11 +13,12 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from flax_resnet import config_file, help, setting_flags
+from flax_resnet import config_file, help, places, setting_flags
 from flax_resnet.config import DType, Experiment
 from flax_resnet.errors import ConfigError
 from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.parallel import processes
+from flax_resnet.places import Url
 from flax_resnet.shipped import COMMANDS
 from flax_resnet.streams import prepare_streams, write_out
 from flax_resnet.surroundings import check_spelling, explain, hear_devices
@@ -56,6 +57,27 @@ def define_overrides(
     global about_overrides
     about_overrides = of
     setting_flags.define(names, but=but, own=own)
+
+
+class PlaceParser(flags.ArgumentParser):
+    """Of a flag whose value is a path, or with `buckets` maybe the URL of a bucket."""
+
+    def __init__(self, buckets: bool):  # absl wants the arguments kept as they are
+        self.buckets = buckets
+
+    def parse(self, argument: str | Path) -> Path | Url:
+        parse = places.place if self.buckets else places.local_path
+        return parse(argument, "it")  # absl names the flag
+
+
+def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
+    """A flag whose value is a local path: `~` and file:// are understood, other URLs refused."""
+    return flags.DEFINE(PlaceParser(buckets=False), name, default, help)
+
+
+def define_place(name: str, default: str | None, help: str) -> flags.FlagHolder:
+    """A flag whose value is a local path or the `Url` of a bucket."""
+    return flags.DEFINE(PlaceParser(buckets=True), name, default, help)
 
 
 def takes_config_file() -> bool:
@@ -131,8 +153,7 @@ def keep_compiled_programs() -> None:
     names another, JAX_ENABLE_COMPILATION_CACHE=false switches it off.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "flax-resnet" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(places.cache_directory() / "jax"))
     # Making the initial weights is hundreds of small programs, together seconds of compiling.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

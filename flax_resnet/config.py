@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from flax_resnet import places
 from flax_resnet.errors import ConfigError
 from flax_resnet.settings import Settings, from_mapping, require
 
@@ -286,8 +287,10 @@ class DataConfig(Settings, group="data"):
     validation: int = 0  # training examples held out; the paper's 45k/5k split: 5000
 
     def validate(self) -> None:
-        """Raises ConfigError for numbers out of range, and for an empty directory."""
+        """Raises ConfigError for numbers out of range, and a `dir` that is not on this machine."""
         require(self.dir != "", "data.dir", "a directory, or none for the default", self.dir)
+        if self.dir is not None:
+            places.local_path(self.dir, "data.dir")
         require(0 <= self.pad <= 32, "data.pad", "0 to 32 pixels", self.pad)
         require(self.validation >= 0, "data.validation", "0 or more examples", self.validation)
         for name, alpha in {"data.mixup": self.mixup, "data.cutmix": self.cutmix}.items():

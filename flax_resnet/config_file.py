@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flax_resnet import places
 from flax_resnet.config import Experiment
 from flax_resnet.errors import ConfigError, UserError
 from flax_resnet.settings import from_mapping, shown
@@ -28,7 +29,7 @@ def find(name: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    path, known = Path(name), names()
+    path, known = places.local_path(name, "--config") if name else Path(name), names()
     if path.suffix == ".py" and path.is_file():
         return path
     if name in known:

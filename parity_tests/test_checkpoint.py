@@ -112,7 +112,7 @@ def test_want_of_memory_is_no_damage_to_be_removed(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
 
     monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
-    with pytest.raises(CheckpointError, match="1 cannot be read: .*Out of memory") as refusal:
+    with pytest.raises(CheckpointError, match=r"1 cannot be read: .*Out of memory") as refusal:
         load_state(tmp_path, state_at(0))
     assert "remove" not in str(refusal.value)
 

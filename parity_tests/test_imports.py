@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # What stands on a floor imports what stands below it, and nothing beside it.
 FLOORS = (
     {"errors", "shipped", "streams"},
-    {"settings", "json_files", "drawing", "surroundings"},
+    {"settings", "json_files", "drawing", "surroundings", "places"},
     {"config"},
     {"data", "nn"},
     {"parallel"},

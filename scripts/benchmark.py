@@ -16,7 +16,6 @@ and implicit transfers happened while the steps ran.
 
 import itertools
 import json
-from pathlib import Path
 
 from absl import flags
 
@@ -39,8 +38,8 @@ SCANS = flags.DEFINE_list("scans", [], "more Flax variants: so many steps per ca
 XLA_FLAGS = flags.DEFINE_multi_string(
     "xla_flags", [], "more Flax variants, of all numbers of steps: with this in XLA_FLAGS"
 )
-JSON = flags.DEFINE_string("json", None, "file for the rows")
-PNG = flags.DEFINE_string("png", None, "file for the picture")
+JSON = cli.define_path("json", None, "file for the rows")
+PNG = cli.define_path("png", None, "file for the picture")
 cli.define_overrides(
     "They are the same for all variants.",
     (
@@ -72,12 +71,12 @@ def main() -> None:
                 print(line)
         if JSON.value:  # as it goes, so that a run that is cut off loses little
             rows = [timing.to_dict() for timing in timings]
-            Path(JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
+            JSON.value.write_text(json.dumps(rows, indent=1) + "\n")
     if not timings:
         raise ConfigError("nothing was measured: every variant failed")
     print(timing_table.table(timings))
     if PNG.value:
-        timing_table.draw(timings, Path(PNG.value))
+        timing_table.draw(timings, PNG.value)
 
 
 def sizes() -> list[tuple[Experiment, str]]:

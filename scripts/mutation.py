@@ -205,7 +205,12 @@ def plan(modules: list[str], out: Path, sample: int | None, seed: int) -> list[M
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("modules", nargs="+", choices=TESTS)
-    parser.add_argument("--out", type=Path, required=True, help="a line of JSON for each mutant")
+    parser.add_argument(
+        "--out",
+        type=lambda path: Path(path).expanduser(),
+        required=True,
+        help="a line of JSON for each mutant",
+    )
     parser.add_argument("--sample", type=int, help="so many of each module's, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)

@@ -33,7 +33,7 @@ SHORTCUT = flags.DEFINE_enum_class(
     "shortcut", None, Shortcut, "of a file whose keys do not show it"
 )
 CHANNEL_PAD = flags.DEFINE_enum_class("channel_pad", None, ChannelPad, "likewise, for option A")
-OUT = flags.DEFINE_string("out", "parity_report", "folder of the picture and the page")
+OUT = cli.define_path("out", "parity_report", "folder of the picture and the page")
 IMAGES = flags.DEFINE_integer("images", 8, "random images in the batch", lower_bound=2)
 cli.define_overrides(
     "Those of the model hold where no --checkpoint is given.",
@@ -53,7 +53,7 @@ def main() -> None:
     image = rng.normal(size=(IMAGES.value, 32, 32, 3))
     label = rng.integers(ours.config.num_classes, size=IMAGES.value)
     comparison = compare(ours, theirs, image, label)
-    picture, page = write_report(comparison, ours.config, Path(OUT.value))
+    picture, page = write_report(comparison, ours.config, OUT.value)
     print("\n".join(comparison.verdict))
     print(f"{picture} and {page} written")
     sys.exit(len(comparison.verdict) > 1)

@@ -19,8 +19,8 @@ from flax_resnet.studies.groups import group_runs
 from flax_resnet.studies.published import read_published_curves
 from flax_resnet.studies.runs import find_runs
 
-OUT = flags.DEFINE_string("out", None, "directory for the figures; made if need be")
-PUBLISHED = flags.DEFINE_string(
+OUT = cli.define_path("out", None, "directory for the figures; made if need be")
+PUBLISHED = cli.define_path(
     "published", None, "folder of tanjeffreyz's published metrics: its test curves are drawn too"
 )
 INDEX = flags.DEFINE_bool("index", False, "write the table of all experiments in RUNS")
@@ -39,8 +39,8 @@ def main(*runs: str) -> None:
     groups = group_runs(find_runs(map(Path, runs)))
     print("\n".join(tables.table(groups, Path.cwd())))
     if OUT.value:
-        out = Path(OUT.value)
-        published = read_published_curves(Path(PUBLISHED.value)) if PUBLISHED.value else None
+        out = OUT.value
+        published = read_published_curves(PUBLISHED.value) if PUBLISHED.value else None
         drawn, failed = figures.draw_all(groups, out, published)
         if list(out.glob("*/summary.json")):
             tables.write_readme(out, drawn)

@@ -28,9 +28,9 @@ from flax_resnet.training.loop import fit
 SEEDS = flags.DEFINE_string("seeds", "1", "how many (5), from..to (0..4), or which (0,3)")
 STEPS = flags.DEFINE_integer("steps", None, "in the place of the recipe's")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "of tensorflow-datasets")
-OUT = flags.DEFINE_string("out", None, "default: results/EXPERIMENT, or results/EXPERIMENT-STEPS")
+OUT = cli.define_path("out", None, "default: results/EXPERIMENT, or results/EXPERIMENT-STEPS")
 NETWORKS = flags.DEFINE_list("networks", None, "such as A-20,plain-20; default: the experiment's")
-WORKER = flags.DEFINE_string("worker", None, "for reproduce.py itself: the run to train")
+WORKER = cli.define_path("worker", None, "for reproduce.py itself: the run to train")
 cli.define_overrides(
     "They hold for all runs, over what the experiment sets; the defaults are the paper's.",
     own={
@@ -47,7 +47,7 @@ SOME_FAILED = 1  # exit code
 def main(name: str) -> None:
     study = recipes.find_study(name)
     if WORKER.value:
-        train(Path(WORKER.value), study.batch_statistics)
+        train(WORKER.value, study.batch_statistics)
         return
     out = Path(OUT.value or f"results/{name}{f'-{STEPS.value}' if STEPS.value else ''}")
     workdirs = Path("runs") / out.name

@@ -24,8 +24,8 @@ from flax_resnet.errors import ConfigError, TrainingError
 
 RUNS = flags.DEFINE_integer("runs", None, "how many times each fault is done", lower_bound=1)
 ROWS = flags.DEFINE_list("rows", list(TABLE), f"which of {', '.join(TABLE)}")
-OUT = flags.DEFINE_string("out", None, "where the table is written, such as results/reliability.md")
-KEEP = flags.DEFINE_string("keep", None, "where the runs are left to be looked at; else removed")
+OUT = cli.define_path("out", None, "where the table is written, such as results/reliability.md")
+KEEP = cli.define_path("keep", None, "where the runs are left to be looked at; else removed")
 VERBOSE = flags.DEFINE_bool("verbose", False, "tell what was done each time, not failures alone")
 
 HEADER = "| fault | what must happen | runs | held | worst | minutes |\n|---|---|---|---|---|---|"
@@ -46,9 +46,8 @@ def main() -> None:
             lines.append(line)
             held &= row_held
     if OUT.value:
-        path = Path(OUT.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([*preface(), HEADER, *lines]) + "\n")
+        OUT.value.parent.mkdir(parents=True, exist_ok=True)
+        OUT.value.write_text("\n".join([*preface(), HEADER, *lines]) + "\n")
     if not held:
         raise TrainingError("a row does not hold")
 

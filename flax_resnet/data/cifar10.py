@@ -32,9 +32,10 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from flax_resnet import places
 from flax_resnet.data import tfrecord
 from flax_resnet.data.examples import Examples
-from flax_resnet.errors import DatasetError
+from flax_resnet.errors import ConfigError, DatasetError
 
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_BYTES = 170_052_171
@@ -69,9 +70,10 @@ def load(
         prepared again, and the damaged one kept beside the archive.
     """
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    if "://" in data_dir:
-        raise DatasetError(f"the data directory must be a local path, got {data_dir}")
-    given = Path(data_dir).expanduser()
+    try:
+        given = places.local_path(data_dir, "the data directory")
+    except ConfigError as e:
+        raise DatasetError(str(e)) from e
     if given.exists() and not given.is_dir():
         raise DatasetError(f"the data directory must be a directory, got the file {given}")
     dataset = _find(given)
@@ -113,7 +115,7 @@ class _DamagedError(DatasetError):
 def _load(dataset: Path, splits: Collection[str]) -> dict[str, Examples]:
     """Reads what is prepared, or the decoded copy of it in the cache: a file for each split."""
     builder, fingerprint = _open(dataset)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax-resnet"
+    cache = places.cache_directory()
     stem = f"cifar10-{_sha256(os.fspath(dataset.resolve()))[:16]}"
     entries = {split: cache / f"{stem}-{fingerprint[:16]}-{split}.npy" for split in splits}
     found: dict[str, Examples] = {}

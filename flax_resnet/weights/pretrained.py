@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flax_resnet import places
 from flax_resnet.config import Experiment
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError, WeightsError
@@ -101,12 +102,13 @@ def find(
     name_or_path: str | os.PathLike[str], directory: str | os.PathLike[str] | None = None
 ) -> Path:
     """The file of a name, or the path itself. Raises WeightsError if there is none."""
-    path = Path(name_or_path)
+    path = places.local_path(name_or_path, "weights")
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise WeightsError(f"there is no file {path}")
         return path
-    folder = Path(directory or os.environ.get(ENVIRONMENT) or WEIGHTS)
+    directory = directory or os.environ.get(ENVIRONMENT) or WEIGHTS
+    folder = places.local_path(directory, "the folder of weights")
     known = {file.stem: file for file in sorted(folder.glob("*.safetensors"))}
     if str(name_or_path) not in known:
         raise WeightsError(
