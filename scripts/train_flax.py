@@ -12,11 +12,23 @@ from pathlib import Path
 from absl import flags
 
 from flax_resnet import cli
+from flax_resnet.errors import ConfigError
 from flax_resnet.parallel import processes
 from flax_resnet.training.loop import fit
+from flax_resnet.training.mirror import mirrored
 
 CONFIG = cli.define_config(default="quickstart")
-WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: runs/<config's name>")
+WORKDIR = cli.define_place(
+    "workdir",
+    None,
+    "where the run lives, a directory or gs://BUCKET/NAME or s3://BUCKET/NAME; default: "
+    "runs/<config's name>",
+)
+LOCAL = cli.define_path(
+    "local",
+    None,
+    "of a run in a bucket: where its local copy lies; default: in ~/.cache/flax-resnet/runs",
+)
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where all meet")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes train together")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0")
@@ -25,7 +37,11 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0
 def main() -> None:
     config = cli.experiment(CONFIG)
     processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    fit(config, Path(WORKDIR.value or f"runs/{Path(CONFIG.value).stem}"))
+    place = WORKDIR.value or Path(f"runs/{Path(CONFIG.value).stem}")
+    if LOCAL.value and isinstance(place, Path):
+        raise ConfigError(f"--local is of a --workdir in a bucket, which {place} is not")
+    with mirrored(place, LOCAL.value) as workdir:
+        fit(config, workdir)
 
 
 if __name__ == "__main__":

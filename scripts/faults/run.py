@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.fault import Result
+from flax_resnet.places import Url
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,11 +41,20 @@ class Run:
         at: directory of all runs, which has their caches and logs.
         workdir: this run's work directory.
         settings: `--config.NAME=VALUE`, in addition to SETTINGS.
+        url: a bucket's, of which `workdir` is then the local copy.
         env: environment variables, in addition to `environment`.
     """
 
-    def __init__(self, at: Path, workdir: Path, settings: dict[str, Any] | None = None, **env: str):
+    def __init__(
+        self,
+        at: Path,
+        workdir: Path,
+        settings: dict[str, Any] | None = None,
+        url: Url | None = None,
+        **env: str,
+    ):
         self.workdir = workdir
+        places = [f"--workdir={url}", f"--local={workdir}"] if url else [f"--workdir={workdir}"]
         (at / "logs").mkdir(parents=True, exist_ok=True)
         self.log = at / "logs" / f"{workdir.name}.{time.monotonic_ns()}"
         with self.log.open("wb") as output:
@@ -53,7 +63,7 @@ class Run:
                     sys.executable,
                     str(ROOT / "scripts/train_flax.py"),
                     f"--config={ROOT / 'configs/quickstart.py'}",
-                    f"--workdir={workdir}",
+                    *places,
                     *(f"--config.{k}={v}" for k, v in (SETTINGS | (settings or {})).items()),
                 ],
                 stdout=output,

@@ -8,6 +8,7 @@ from faults.hostile import FILES, hostile
 from faults.kills import kill, stop, two_runs
 from faults.long_run import long_run
 from faults.numerics import devices, not_finite
+from faults.store import bucket_damage, bucket_gone, bucket_kill, bucket_two_runs
 
 TABLE = {
     "kill": Fault(
@@ -65,6 +66,33 @@ TABLE = {
         "the second is refused; a killed run's lock is no obstacle",
         two_runs,
         10,
+    ),
+    "bucket_kill": Fault(
+        "SIGKILL in the middle of an upload to a bucket; half of the times the disk is lost, too",
+        "goes on from the newest whole checkpoint; all numbers equal the uninterrupted run's, to "
+        "the bit",
+        bucket_kill,
+        20,
+    ),
+    "bucket_gone": Fault(
+        "the bucket's store unreachable for a minute, or for good",
+        "training goes on; then everything goes up, or one-line error, exit code 2, and the same "
+        "command uploads it",
+        bucket_gone,
+        4,
+    ),
+    "bucket_two_runs": Fault(
+        "two runs on one bucket's URL",
+        "the second is refused; a killed run's lease is no obstacle, on another machine after its "
+        "time",
+        bucket_two_runs,
+        10,
+    ),
+    "bucket_damage": Fault(
+        "object of a checkpoint lost or cut off in a bucket",
+        "detected, falls back and says so; none whole: an error",
+        bucket_damage,
+        20,
     ),
     "dataset": Fault(
         "damaged dataset or cache; four first runs at once",
