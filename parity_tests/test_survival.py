@@ -20,6 +20,10 @@ SLOW = {
     "truncate": 5,
     "devices": 1,
     "two_runs": 2,
+    "bucket_kill": 3,  # another machine goes on, with s3 and with gs; the same machine
+    "bucket_gone": 2,  # for a minute; for good
+    "bucket_two_runs": 2,
+    "bucket_damage": 4,
     "dataset": 10,
     "compilation_cache": 3,
     "long_run": 1,

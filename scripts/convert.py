@@ -16,10 +16,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from flax_resnet import cli
+from flax_resnet import cli, places
 from flax_resnet.config import ChannelPad, Preprocess, Shortcut
 from flax_resnet.errors import ConfigError
 from flax_resnet.training.converted import check_target, is_workdir_name, write_workdir
+from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run
 from flax_resnet.weights import account, files
 from flax_resnet.weights.infer import USUAL_PREPROCESS
@@ -45,7 +46,8 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace DST if it is there")
 
 
 def main(src: str, dst: str) -> None:
-    source, target, to_flax = Path(src), Path(dst), is_workdir_name(dst)
+    target, to_flax = places.local_path(dst, "DST"), is_workdir_name(dst)
+    source = fetch(places.place(src, "SRC"))
     from_flax = is_run(source)
     if to_flax and from_flax:
         raise ConfigError(f"{source} and {target} are both Flax's: nothing to convert")

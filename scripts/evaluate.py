@@ -28,13 +28,16 @@ from flax_resnet.parallel import sharding
 from flax_resnet.resnet import param_dtype
 from flax_resnet.step import TrainState, init
 from flax_resnet.training.evaluation import Evaluation, make_evaluate_by_batch_statistics
+from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run, read_config, read_data_facts
 from flax_resnet.weights import files
 from flax_resnet.weights.infer import USUAL_PREPROCESS
 from flax_resnet.weights.state_dict import Imported, from_state_dict
 
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "WORKDIR, WORKDIR/checkpoints/STEP, .../best or a PyTorch file"
+CHECKPOINT = cli.define_place(
+    "checkpoint",
+    None,
+    "WORKDIR, WORKDIR/checkpoints/STEP, .../best or a PyTorch file; also by a bucket's URL",
 )
 PREPROCESS = flags.DEFINE_enum_class("preprocess", None, Preprocess, "how pixels become numbers")
 BATCH_STATISTICS = flags.DEFINE_bool(
@@ -63,7 +66,7 @@ class Subject(NamedTuple):
 
 
 def main() -> None:
-    path = Path(CHECKPOINT.value)
+    path = fetch(CHECKPOINT.value)
     jax.config.update("jax_enable_x64", True)  # it may hold float64; `override` decides
     subject = read_run(path) if is_run(path) else read_torch(path)
     config, params, batch_stats, constants, title = subject

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from flax_resnet import cli
+from flax_resnet import cli, places
 from flax_resnet.config import ResNetConfig
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.training.metrics_log import read_metrics
+from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import open_run
 from flax_resnet.weights import files, pretrained
 from flax_resnet.weights.state_dict import from_state_dict
@@ -25,11 +26,11 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace OUT if it is there")
 
 
 def main(source: str, out: str) -> None:
-    path = Path(out)
+    path = places.local_path(out, "OUT")
     if path.exists() and not OVERWRITE.value:
         raise ConfigError(f"{path} is there already; --overwrite replaces it")
     jax.config.update("jax_enable_x64", True)  # the run may be in float64
-    run = open_run(Path(source))
+    run = open_run(fetch(places.place(source, "WORKDIR")))
     data = run.data_facts()
     facts = {"examples": data.examples} | measured(run.directory, run.step)
     weights = run.state.params, run.state.batch_stats

@@ -21,14 +21,15 @@ from flax_resnet import cli
 from flax_resnet.config import ChannelPad, Experiment, Shortcut
 from flax_resnet.errors import ConfigError
 from flax_resnet.step import init
+from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run
 from flax_resnet.weights import files
 from flax_resnet.weights.state_dict import from_state_dict
 from torch_ref.compare.trace import Weights, compare
 from torch_ref.compare.trace_report import write_report
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "our weights: a run or a PyTorch file")
-STATE_DICT = flags.DEFINE_string("state_dict", None, "their weights, a PyTorch file")
+CHECKPOINT = cli.define_place("checkpoint", None, "our weights: a run or a PyTorch file")
+STATE_DICT = cli.define_place("state_dict", None, "their weights, a PyTorch file")
 SHORTCUT = flags.DEFINE_enum_class(
     "shortcut", None, Shortcut, "of a file whose keys do not show it"
 )
@@ -47,8 +48,8 @@ def main() -> None:
     cli.check_effects([config])
     check_flags()
     jax.config.update("jax_enable_x64", True)
-    ours = load(CHECKPOINT.value) if CHECKPOINT.value else random_weights(config)
-    theirs = load(STATE_DICT.value) if STATE_DICT.value else ours
+    ours = load(fetch(CHECKPOINT.value)) if CHECKPOINT.value else random_weights(config)
+    theirs = load(fetch(STATE_DICT.value)) if STATE_DICT.value else ours
     rng = np.random.default_rng(config.seed)
     image = rng.normal(size=(IMAGES.value, 32, 32, 3))
     label = rng.integers(ours.config.num_classes, size=IMAGES.value)
@@ -76,9 +77,8 @@ def random_weights(config: Experiment) -> Weights:
     return Weights(config.model, state.params, state.batch_stats)
 
 
-def load(source: str) -> Weights:
+def load(path: Path) -> Weights:
     """The network of a run, of `RUN/checkpoints/STEP` (or `best`), or of a PyTorch file."""
-    path = Path(source)
     if is_run(path):
         run = open_run(path)
         return Weights(run.config.model, run.state.params, run.state.batch_stats)

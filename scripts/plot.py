@@ -12,12 +12,13 @@ from pathlib import Path
 
 from absl import flags
 
-from flax_resnet import cli
+from flax_resnet import cli, places
 from flax_resnet.errors import ConfigError, ResultsError
 from flax_resnet.studies import figures, tables
 from flax_resnet.studies.groups import group_runs
 from flax_resnet.studies.published import read_published_curves
 from flax_resnet.studies.runs import find_runs
+from flax_resnet.training.mirror import fetch
 
 OUT = cli.define_path("out", None, "directory for the figures; made if need be")
 PUBLISHED = cli.define_path(
@@ -34,9 +35,10 @@ def main(*runs: str) -> None:
         raise ConfigError("--published is drawn in --out, which is missing")
     if INDEX.value:
         for root in runs:
-            tables.write_index(Path(root))
+            tables.write_index(places.local_path(root, "RUNS"))
         return
-    groups = group_runs(find_runs(map(Path, runs)))
+    found = [fetch(places.place(run, "RUNS"), checkpoints=False) for run in runs]
+    groups = group_runs(find_runs(found))
     print("\n".join(tables.table(groups, Path.cwd())))
     if OUT.value:
         out = OUT.value

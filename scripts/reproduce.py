@@ -49,7 +49,7 @@ def main(name: str) -> None:
     if WORKER.value:
         train(WORKER.value, study.batch_statistics)
         return
-    out = Path(OUT.value or f"results/{name}{f'-{STEPS.value}' if STEPS.value else ''}")
+    out = OUT.value or Path(f"results/{name}{f'-{STEPS.value}' if STEPS.value else ''}")
     workdirs = Path("runs") / out.name
     jobs = make_jobs(study)
     for job in jobs:

@@ -38,7 +38,7 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory(prefix="flax-resnet-torture-") as temporary:
-        at = Path(KEEP.value or temporary).absolute()
+        at = (KEEP.value or Path(temporary)).absolute()
         lines, held = [], True
         for name in ROWS.value:
             line, row_held = torment(name, TABLE[name], at)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 FOLDER = "lock"
 SECONDS = "FLAX_RESNET_STORE_SECONDS"
 RENEWALS = 9  # within the time that a lease lasts
+ENDED: set[str] = set()  # owners of this process's leases that are no longer renewed
 
 
 def patience() -> float:
@@ -98,8 +99,8 @@ class Lease:
         """Seconds after which it is over, unless it is renewed."""
         lasts = other.get("seconds")
         if other.get("over") or is_dead(other) or not isinstance(lasts, int | float):
-            return 0
-        return lasts - self.bucket.age(f"{FOLDER}/{number}")
+            return 0.0
+        return float(lasts) - self.bucket.age(f"{FOLDER}/{number}")
 
     def refusal(self, other: dict[str, Any]) -> CheckpointError:
         return CheckpointError(
@@ -136,8 +137,13 @@ class Lease:
             with contextlib.suppress(Exception):  # the store is away; whoever uploads says so
                 self.bucket.write(self.name, self.content())
 
-    def give_back(self) -> None:
+    def drop(self) -> None:
+        """Lets it run out."""
         self.over.set()
+        ENDED.add(self.terms["owner"])
+
+    def give_back(self) -> None:
+        self.drop()
         self.thread.join(self.terms["seconds"])
         with contextlib.suppress(Exception):  # then it lasts its seconds
             self.check()
@@ -179,5 +185,6 @@ def is_alive(other: dict[str, Any]) -> bool:
 
 
 def is_dead(other: dict[str, Any]) -> bool:
-    """Whether its process ran on this machine, and does no more."""
-    return is_here(other) and other.get("started") != started(other.get("process", 0))
+    """Whether its process ran on this machine and does no more, or has let it go."""
+    is_gone = other.get("started") != started(other.get("process", 0))
+    return other.get("owner") in ENDED or (is_here(other) and is_gone)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from flax_resnet import drawing
+from flax_resnet import drawing, places
 from flax_resnet.config import Experiment, Parallel, TrainConfig
 from flax_resnet.data import order, pixels, source
 from flax_resnet.data.examples import Examples
@@ -65,6 +65,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
     """
     config.validate()
     source.check_classes(config.data, config.model.num_classes)
+    workdir = places.local_path(workdir, "workdir")
     keep_memory()
     mesh = sharding.data_mesh()
     check_batch_size(config.train, mesh)

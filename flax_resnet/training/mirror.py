@@ -68,6 +68,10 @@ def mirrored(place: Path | Url, local: Path | None = None) -> Iterator[Path]:
             except CheckpointError as e:
                 log.warning("%s", e)
         raise
+    except KeyboardInterrupt:
+        if processes.is_first():
+            mirror.lease.drop()
+        raise
     with stop_signal() as received:
         processes.on_first(mirror.end)
     if received:
@@ -151,7 +155,7 @@ class Mirror:
         """What the thread does: uploads what is new, until `closing`, and then once more."""
         before: Listing = {}
         failures = 0
-        while True:
+        while not self.lease.over.is_set():
             closing = self.closing.is_set()
             listing = self.listing()
             try:
@@ -164,8 +168,10 @@ class Mirror:
             except Exception as e:
                 self.failure = e
                 failures += 1
-                if self.is_final(e):
-                    log.warning("%s; nothing more is uploaded", one_line(e))
+                if isinstance(e, UserError):  # the lease is lost
+                    log.warning("%s; nothing more is uploaded", e)
+                    return
+                if closing and self.is_final(e):
                     return
                 if failures.bit_count() == 1:  # the first, second, fourth, eighth, ...
                     log.warning("%s: no upload (%s); it is tried again", self.url, one_line(e))
@@ -181,11 +187,7 @@ class Mirror:
             self.closing.wait(POLL_SECONDS)
 
     def is_final(self, error: Exception) -> bool:
-        """Whether no further try is to be made."""
-        if isinstance(error, UserError):  # the lease is lost
-            return True
-        if not self.closing.is_set():
-            return False
+        """Whether no further try is to be made before the end."""
         is_refusal = isinstance(error, PermissionError | FileNotFoundError)
         return is_refusal or time.monotonic() > self.closed_at + patience()
 
