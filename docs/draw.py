@@ -263,8 +263,8 @@ def degradation() -> Figure:
 def rooms() -> Figure:
     """The rooms of the library, by the floors that parity_tests/test_imports.py holds."""
     floors = [
-        ["errors", "shipped"],
-        ["settings", "json_files"],
+        ["errors", "shipped", "streams"],
+        ["settings", "json_files", "drawing", "surroundings", "places"],
         ["config"],
         ["nn", "data"],
         ["parallel"],

@@ -68,7 +68,7 @@ def test_copying_takes_what_is_committed_to_every_host() -> None:
     assert lines[0][3:5] == ["archive", "--format=tar.gz"]
     assert lines[1][4] == "scp"
     assert lines[1][-2:] == ["pod:flax-resnet.tar.gz", "--worker=all"]
-    assert "-c constraints.txt -e '.[tpu]'" in lines[2][-1]
+    assert "-c constraints.txt -e '.[tpu,gcs]'" in lines[2][-1]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@
 #   --zone ZONE        default: gcloud's own (compute/zone)
 #   --type TYPE        default: v5litepod-8, one host of 8 cores
 #   --runtime VERSION  default: v2-alpha-tpuv5-lite
-#   --spot             cheaper, may be taken away: `run` again goes on from what is on host 0
+#   --spot             cheaper, may be taken away: `run` again goes on from what is on host 0,
+#                      or, with --workdir=gs://BUCKET/NAME, from what is there
 #   --dry-run          print the commands instead
 #
 # Untested on real machines.
@@ -81,7 +82,7 @@ case $verb in
     # The hosts' own Python is 3.10.
     on_every_host "mkdir -p $folder && tar -xzf $folder.tar.gz -C $folder && cd $folder \
 && python3 -m pip install --user --quiet uv && python3 -m uv venv --quiet --python 3.11 \
-&& python3 -m uv pip install --quiet -c constraints.txt -e '.[tpu]'"
+&& python3 -m uv pip install --quiet -c constraints.txt -e '.[tpu,gcs]'"
     execute rm -f "$archive"
     ;;
   run)

@@ -72,10 +72,10 @@ def mirrored(place: Path | Url, local: Path | None = None) -> Iterator[Path]:
         if processes.is_first():
             mirror.lease.drop()
         raise
-    with stop_signal() as received:
+    with stop_signal() as stop:
         processes.on_first(mirror.end)
-    if received:
-        sys.exit(128 + received[0])
+    if stop.number:
+        sys.exit(128 + stop.number)
 
 
 def local_copy(url: Url) -> Path:
