@@ -223,7 +223,13 @@ def test_a_checkpoint_that_is_not_whole_there_is_not_used(
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "then"),
-    [((), (3, 6), [3, 6]), ((3,), (3, 6), [3, 6]), ((6, 9), (3, 6), [6, 9]), ((3,), (3,), [3])],
+    [
+        ((), (3, 6), [3, 6]),
+        ((3,), (3, 6), [3, 6]),
+        ((9,), (9, 10), [9, 10]),
+        ((6, 9), (3, 6), [6, 9]),
+        ((3,), (3,), [3]),
+    ],
 )
 def test_the_newer_of_both_is_gone_on_from(
     store: Store, tmp_path: Path, ours: tuple[int, ...], theirs: tuple[int, ...], then: list[int]
@@ -237,6 +243,14 @@ def test_the_newer_of_both_is_gone_on_from(
     assert saved(workdir) == then
     assert (workdir / "metrics.jsonl").read_text() == f"rows up to {then[-1]}"
     assert (workdir / "summary.json").exists() == (bool(ours) and ours[-1] >= theirs[-1])
+
+
+def test_what_the_bucket_has_lost_goes_up_again(store: Store, tmp_path: Path) -> None:
+    workdir = write_run(tmp_path / "run", 3, 6)
+    upload(workdir)
+    del store.objects["bucket/run/checkpoints/6/state/d/1"]
+    upload(workdir)
+    assert fetched(tmp_path / "read") == [6]
 
 
 def test_a_work_directory_that_was_copied_there_by_hand_is_used(
@@ -364,11 +378,15 @@ def taken() -> Lease:
     return found
 
 
-def test_a_lease_that_is_held_is_refused_and_one_given_back_is_free(store: Store) -> None:
+def test_a_lease_that_is_held_is_refused_and_one_given_back_is_free(
+    store: Store, clock: Clock
+) -> None:
     first = taken()
     with pytest.raises(CheckpointError, match=r"s3://bucket/run is in use by another run \(host"):
         taken()
     first.give_back()
+    assert json.loads(store.objects["bucket/run/lock/1"])["over"]
+    assert clock.now == 0
     second = taken()
     assert store.find("bucket/run") == ["bucket/run/lock/2"]
     second.check()

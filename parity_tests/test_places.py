@@ -1,6 +1,7 @@
 """Claim: a place is what its user means, a path or a bucket's URL, or else one line of error."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -119,7 +120,8 @@ def test_no_script_takes_a_path_past_that(script: Path) -> None:
 def test_a_flag_on_the_command_line(tmp_path: Path) -> None:
     """One line, before any work."""
     command = [sys.executable, str(ROOT / "scripts/train_flax.py"), "--workdir=gs:/bucket/x"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     told = "error: flag --workdir=gs:/bucket/x: it must be gs://BUCKET/NAME, got gs:/bucket/x\n"
     assert done.stderr == told

@@ -147,7 +147,7 @@ class Bucket:
                     )
                     shutil.rmtree(temporary, ignore_errors=True)
                     return False
-                write(temporary / Path(name).relative_to("checkpoints", step), data)
+                write(temporary / Path(name).relative_to(f"checkpoints/{step}"), data)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(target)
         return True

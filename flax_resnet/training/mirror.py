@@ -8,6 +8,7 @@ it ends, or is told to stop, the run waits until everything is there.
 import atexit
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -221,10 +222,11 @@ class Mirror:
 
     def listing(self) -> Listing:
         found: Listing = {}
-        for path in (self.workdir / "checkpoints").glob("*"):
-            if path.name.isdecimal():
-                inside = path.rglob("*")
-                found[path.name] = {str(x.relative_to(self.workdir)) for x in inside if x.is_file()}
+        # os.walk passes over what is deleted meanwhile.
+        for folder, _, names in os.walk(self.workdir / "checkpoints"):
+            paths = (Path(folder, name).relative_to(self.workdir).as_posix() for name in names)
+            for path in filter(bucket.step_of, paths):
+                found.setdefault(bucket.step_of(path), set()).add(path)
         return found
 
     def read_step(self, step: str, names: set[str]) -> dict[str, bytes]:
@@ -237,9 +239,11 @@ class Mirror:
 
     def read_rest(self) -> dict[str, bytes]:
         events = (self.workdir / "tensorboard").glob("*")
-        names = [*bucket.FILES, *(str(path.relative_to(self.workdir)) for path in events)]
-        paths = {name: self.workdir / name for name in names if bucket.is_mirrored(name)}
-        return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+        found: dict[str, bytes] = {}
+        for name in (*bucket.FILES, *(f"tensorboard/{path.name}" for path in events)):
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                found[name] = (self.workdir / name).read_bytes()
+        return found
 
     def end(self) -> None:
         """Waits for the last upload.
