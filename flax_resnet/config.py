@@ -58,6 +58,29 @@ class Stem(enum.Enum):
 
     CONV_BN_RELU = "conv_bn_relu"
     CONV = "conv"  # tanjeffreyz: a bare convolution
+    CONV7_BN_RELU_POOL = "conv7_bn_relu_pool"  # 7x7 and a max-pool, of stride 2 each: ImageNet's
+    CONV7_POOL = "conv7_pool"  # tanjeffreyz's for ImageNet: without BatchNorm and ReLU
+
+
+class Stages(enum.Enum):
+    """The paper's two kinds of network, which say what a depth means."""
+
+    CIFAR = "cifar"  # section 4.2: three stages of 16, 32, 64 channels; depth 6n + 2
+    IMAGENET = "imagenet"  # table 1: four of 64, 128, 256, 512; depth 18, 34, 50, 101 or 152
+
+
+class Block(enum.Enum):
+    """What a stage is made of (paper, figure 5)."""
+
+    BASIC = "basic"  # two 3x3 convolutions
+    BOTTLENECK = "bottleneck"  # 1x1, 3x3 and 1x1, the last with four times the channels
+
+
+class Stride(enum.Enum):
+    """Which convolution of a bottleneck halves the image where a stage begins."""
+
+    CONV1X1 = "conv1x1"  # the first: the paper
+    CONV3X3 = "conv3x3"  # the second: torchvision, timm, kuangliu
 
 
 class Statistics(enum.Enum):
@@ -110,7 +133,27 @@ class Preprocess(enum.Enum):
     STANDARDIZE = "standardize"  # 0..1, standardised by the training set's own
 
 
-WIDTHS = (16, 32, 64)  # channels of the three stages of every network of section 4.2
+WIDTHS = {Stages.CIFAR: (16, 32, 64), Stages.IMAGENET: (64, 128, 256, 512)}
+# Blocks of each stage by depth (paper, table 1).
+TABLE_1 = {
+    18: (Block.BASIC, (2, 2, 2, 2)),
+    34: (Block.BASIC, (3, 4, 6, 3)),
+    50: (Block.BOTTLENECK, (3, 4, 6, 3)),
+    101: (Block.BOTTLENECK, (3, 4, 23, 3)),
+    152: (Block.BOTTLENECK, (3, 8, 36, 3)),
+}
+
+
+def stages_of(stages: Stages, depth: int) -> tuple[Block, tuple[int, ...], tuple[int, ...]]:
+    """The kind of block, and the widths and numbers of blocks of the stages.
+
+    Args:
+        depth: one that there is.
+    """
+    if stages is Stages.IMAGENET:
+        block, blocks = TABLE_1[depth]
+        return block, WIDTHS[stages], blocks
+    return Block.BASIC, WIDTHS[stages], ((depth - 2) // 6,) * 3
 
 # Numbers beyond these would silently become others.
 LAST_STEP = 2**31 - 1  # steps, errors and images are counted in int32
@@ -129,28 +172,37 @@ class Architecture:
     are no part of it.
     """
 
+    image_channels: int
     stem: Stem
-    widths: tuple[int, ...]  # channels of each stage
+    block: Block
+    widths: tuple[int, ...]  # of each stage: channels of a block's 3x3 convolutions
     blocks: tuple[int, ...]  # of each stage
+    stride: Stride | None  # None: its blocks are no bottlenecks
     shortcut: Shortcut
     channel_pad: ChannelPad
     projection: Projection
     conv_bias: bool
+    batch_norm_epsilon: float
     num_classes: int
 
 
 @dataclass
 class ResNetConfig(Settings, group="model"):
-    """A CIFAR network of the paper's section 4.2, or one of its relatives."""
+    """A network of the paper, or one of its relatives."""
 
     depth: int = 20
+    stages: Stages = Stages.CIFAR
     shortcut: Shortcut = Shortcut.A
     channel_pad: ChannelPad = ChannelPad.END
     projection: Projection = Projection.CONV_BN
     projection_init: ProjectionInit = ProjectionInit.KAIMING
     init: Init = Init.KAIMING
     stem: Stem = Stem.CONV_BN_RELU
+    stride: Stride = Stride.CONV1X1  # of bottlenecks alone
     conv_bias: bool = False
+    batch_norm_epsilon: float = 1e-5  # added to a variance; the paper has no number: PyTorch's
+    batch_norm_momentum: float = 0.1  # a new batch's weight in the running statistics: PyTorch's
+    image_channels: int = 3
     num_classes: int = 10
     dtype: DType = DType.FLOAT32
     scan_blocks: bool = False  # compile one block of a stage and scan over the rest
@@ -162,6 +214,30 @@ class ResNetConfig(Settings, group="model"):
     ) -> "ResNetConfig":
         """The paper's network: the defaults."""
         return cls(depth=depth, shortcut=shortcut, **overrides)
+
+    @classmethod
+    def imagenet(
+        cls, depth: int = 50, shortcut: Shortcut = Shortcut.B, **overrides: Any
+    ) -> "ResNetConfig":
+        """The paper's network for ImageNet (table 1), with option B, as its deeper ones have.
+
+        A bottleneck's first 1x1 convolution has the stride. torchvision's networks are these with
+        `stride=Stride.CONV3X3`.
+        """
+        settings: dict[str, Any] = {
+            "stages": Stages.IMAGENET,
+            "stem": Stem.CONV7_BN_RELU_POOL,
+            "num_classes": 1000,
+        }
+        return cls(depth=depth, shortcut=shortcut, **(settings | overrides))
+
+    @classmethod
+    def kuangliu(
+        cls, depth: int = 18, shortcut: Shortcut = Shortcut.B, **overrides: Any
+    ) -> "ResNetConfig":
+        """The network of kuangliu/pytorch-cifar: ImageNet's stages behind a stem for 32x32."""
+        settings: dict[str, Any] = {"stages": Stages.IMAGENET, "stride": Stride.CONV3X3}
+        return cls(depth=depth, shortcut=shortcut, **(settings | overrides))
 
     @classmethod
     def tanjeffreyz(
@@ -195,24 +271,33 @@ class ResNetConfig(Settings, group="model"):
         Raises:
             ConfigError: no config has such stages.
         """
-        blocks, widths = architecture.blocks, architecture.widths
-        if widths != WIDTHS or len(blocks) != len(widths) or len(set(blocks)) > 1:
+        stages = architecture.block, architecture.widths, architecture.blocks
+        rows = [(Stages.CIFAR, 2 + 2 * sum(architecture.blocks))]
+        rows += [(Stages.IMAGENET, depth) for depth in TABLE_1]
+        found = [row for row in rows if stages_of(*row) == stages]
+        if not found:
             raise ConfigError(
-                f"a network must have equally many blocks in three stages of {WIDTHS} channels, "
-                f"got {blocks} blocks of {widths} channels"
+                "a network must have equally many basic blocks in three stages of "
+                f"{WIDTHS[Stages.CIFAR]} channels, or the stages of ResNet-18, 34, 50, 101 or 152, "
+                f"got {stages[2]} {stages[0].value} blocks of {stages[1]} channels"
             )
         average = architecture.projection is Projection.CONV_BIAS
         usual: dict[str, Any] = {
             "projection_init": ProjectionInit.AVERAGE if average else ProjectionInit.KAIMING,
             "init": Init.TORCH if architecture.stem is Stem.CONV else Init.KAIMING,
         }
+        if architecture.stride is not None:
+            usual["stride"] = architecture.stride
         return cls(
-            depth=2 + 2 * sum(blocks),
+            depth=found[0][1],
+            stages=found[0][0],
             shortcut=architecture.shortcut,
             channel_pad=architecture.channel_pad,
             projection=architecture.projection,
             stem=architecture.stem,
             conv_bias=architecture.conv_bias,
+            batch_norm_epsilon=architecture.batch_norm_epsilon,
+            image_channels=architecture.image_channels,
             num_classes=architecture.num_classes,
             **(usual | overrides),
         )
@@ -222,21 +307,22 @@ class ResNetConfig(Settings, group="model"):
         return dataclasses.replace(self, scan_blocks=False, remat=False)
 
     @property
-    def blocks_per_stage(self) -> int:
-        """n of depth = 6n + 2."""
-        return (self.depth - 2) // 6
-
-    @property
     def architecture(self) -> Architecture:
-        """What of this a checkpoint fixes."""
+        """What of this a checkpoint fixes. Raises ConfigError if there is no such network."""
+        self.validate()
+        block, widths, blocks = stages_of(self.stages, self.depth)
         return Architecture(
+            image_channels=self.image_channels,
             stem=self.stem,
-            widths=WIDTHS,
-            blocks=(self.blocks_per_stage,) * len(WIDTHS),
+            block=block,
+            widths=widths,
+            blocks=blocks,
+            stride=self.stride if block is Block.BOTTLENECK else None,
             shortcut=self.shortcut,
             channel_pad=self.channel_pad,
             projection=self.projection,
             conv_bias=self.conv_bias,
+            batch_norm_epsilon=self.batch_norm_epsilon,
             num_classes=self.num_classes,
         )
 
@@ -256,15 +342,23 @@ class ResNetConfig(Settings, group="model"):
         return name
 
     def validate(self) -> None:
-        """Raises ConfigError unless depth is 6n + 2 with n >= 1, and num_classes >= 1.
+        """Raises ConfigError unless there is such a network.
 
-        Nor may they be so large that the network of a stranger's config.json takes all memory.
+        Nor may it be so large that the network of a stranger's config.json takes all memory.
         """
-        if self.depth < 8 or self.depth % 6 != 2:
-            raise ConfigError(
-                f"model.depth must be 6n+2 (8, 20, 32, 44, 56, 110, 1202, ...), got {self.depth}"
-            )
+        if self.stages is Stages.CIFAR:
+            depths = "6n+2 (8, 20, 32, 44, 56, 110, 1202, ...)"
+            is_known = self.depth >= 8 and self.depth % 6 == 2
+        else:
+            *most, last = map(str, TABLE_1)
+            depths = f"{', '.join(most)} or {last}"
+            is_known = self.depth in TABLE_1
+        require(is_known, "model.depth", depths, self.depth)
         require(self.depth <= 10_000, "model.depth", "at most 10000", self.depth)
+        epsilon, momentum = self.batch_norm_epsilon, self.batch_norm_momentum
+        require(epsilon > 0, "model.batch_norm_epsilon", "above 0", epsilon)
+        require(0 < momentum <= 1, "model.batch_norm_momentum", "above 0, at most 1", momentum)
+        require(self.image_channels >= 1, "model.image_channels", "at least 1", self.image_channels)
         require(self.num_classes >= 1, "model.num_classes", "at least 1", self.num_classes)
         is_some = self.num_classes <= 100_000
         require(is_some, "model.num_classes", "at most 100000", self.num_classes)

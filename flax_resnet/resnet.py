@@ -1,4 +1,4 @@
-"""Residual networks for CIFAR-10: He, Zhang, Ren and Sun 2015, section 4.2.
+"""The residual networks of He, Zhang, Ren and Sun 2015: table 1 (ImageNet), section 4.2 (CIFAR).
 
 Lay `torch_ref/resnet.py` beside it: the two differ in `nnx` against `nn`, and in NHWC against NCHW.
 """
@@ -9,10 +9,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flax_resnet.config import (
+    Architecture,
+    Block,
     ChannelPad,
     DType,
     Init,
@@ -21,7 +24,9 @@ from flax_resnet.config import (
     ResNetConfig,
     Shortcut,
     Stem,
+    Stride,
 )
+from flax_resnet.errors import ConfigError
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.convolution import conv_general_dilated
 from flax_resnet.nn.scan import Scan, Tree, rematerialized
@@ -32,40 +37,49 @@ torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  #
 
 
 class ResNet(nnx.Module):
-    """Stem, three stages of n blocks with 16, 32 and 64 filters, global average, classifier.
+    """Stem, stages of blocks, global average, classifier.
 
     Args:
-        config: depth 6n + 2, kind of shortcut and the other options.
+        config: depth, kind of shortcut and the other options.
         rngs: its `params` stream initialises the weights.
 
     Attributes:
         architecture: what a checkpoint of this network fixes.
 
     Raises:
-        ConfigError: the depth is not 6n + 2.
+        ConfigError: there is no such network.
     """
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
-        config.validate()
         self.architecture = config.architecture
-        self.conv1 = conv3x3(config, 3, 16, rngs=rngs)
-        self.bn1 = batch_norm(config, 16) if config.stem is Stem.CONV_BN_RELU else None
+        is_large = config.stem in (Stem.CONV7_BN_RELU_POOL, Stem.CONV7_POOL)
+        has_bn = config.stem in (Stem.CONV_BN_RELU, Stem.CONV7_BN_RELU_POOL)
+        size, stride = (7, 2) if is_large else (3, 1)
+        c_in, *_ = self.architecture.widths
+        self.conv1 = conv(config, config.image_channels, c_in, size, stride, rngs=rngs)
+        self.bn1 = batch_norm(config, c_in) if has_bn else None
+        self.max_pool = MaxPool() if is_large else None
         self.remat = config.remat
         self.stages = nnx.List()
-        c_in = 16
-        for c_out in (16, 32, 64):
+        block = BLOCKS[self.architecture.block]
+        for s, width in enumerate(self.architecture.widths):
             stage = nnx.List()
-            for i in range(config.blocks_per_stage):
-                stride = 2 if i == 0 and c_out > 16 else 1
-                stage.append(BasicBlock(config, c_in, c_out, stride, rngs=rngs))
-                c_in = c_out
+            for i in range(self.architecture.blocks[s]):
+                stride = 2 if i == 0 and s > 0 else 1
+                stage.append(block(config, c_in, width, stride, rngs=rngs))
+                c_in = width * block.expansion
             if config.scan_blocks and len(stage) > 1:
                 stage = nnx.List([stage[0], Scan(stage[1:], remat=config.remat)])
             self.stages.append(stage)
-        self.fc = linear(config, 64, config.num_classes, rngs=rngs)
+        self.fc = linear(config, c_in, config.num_classes, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
-        """Logits of a batch of preprocessed images, in the parameters' type."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
+        """Logits of a batch of preprocessed images, in the parameters' type.
+
+        Raises:
+            ConfigError: the images have another number of channels, or no pixels.
+        """
+        check_images(self.architecture, x.shape[-1], x.shape[1:3])
         for _, layer in self.layers():
             x = layer(x)
         return x
@@ -79,21 +93,34 @@ class ResNet(nnx.Module):
         ]
         return [("stem", self.stem), *blocks, ("head", self.head)]
 
-    def stem(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 16"]:
+    def stem(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         x = self.conv1(x)
-        return x if self.bn1 is None else self.bn1(x, relu=True)
+        x = x if self.bn1 is None else self.bn1(x, relu=True)
+        return x if self.max_pool is None else self.max_pool(x)
 
-    def head(self, x: Float[Array, "b h w 64"]) -> Float[Array, "b classes"]:
+    def head(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
         return self.fc(x.mean((1, 2)))
+
+
+def check_images(architecture: Architecture, channels: int, size: tuple[int, ...]) -> None:
+    """Raises ConfigError unless the network takes images of so many channels and pixels."""
+    if channels != architecture.image_channels or min(size) < 1:
+        raise ConfigError(
+            f"images must have {architecture.image_channels} channel(s) and at least one pixel, "
+            f"got {channels} channel(s) of {' x '.join(map(str, size))} pixels"
+        )
 
 
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions around a shortcut: relu(residual(x) + shortcut(x)) (paper, figure 2)."""
 
-    def __init__(self, config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv1 = conv3x3(config, c_in, c_out, stride, rngs=rngs)
-        self.bn1 = batch_norm(config, c_out)
-        self.conv2 = conv3x3(config, c_out, c_out, rngs=rngs)
+    expansion = 1  # output channels over `width`
+
+    def __init__(self, config: ResNetConfig, c_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
+        c_out = width * self.expansion
+        self.conv1 = conv(config, c_in, width, 3, stride, rngs=rngs)
+        self.bn1 = batch_norm(config, width)
+        self.conv2 = conv(config, width, c_out, 3, rngs=rngs)
         self.bn2 = batch_norm(config, c_out)
         self.shortcut = make_shortcut(config, c_in, c_out, stride, rngs=rngs)
 
@@ -101,6 +128,43 @@ class BasicBlock(nnx.Module):
         y = self.bn1(self.conv1(x), relu=True)
         shortcut = None if self.shortcut is None else self.shortcut(x)
         return self.bn2(self.conv2(y), add=shortcut, relu=True)
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolution around a shortcut (paper, figure 5, right)."""
+
+    expansion = 4
+
+    def __init__(self, config: ResNetConfig, c_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
+        c_out = width * self.expansion
+        strides = (stride, 1) if config.stride is Stride.CONV1X1 else (1, stride)
+        self.conv1 = conv(config, c_in, width, 1, strides[0], rngs=rngs)
+        self.bn1 = batch_norm(config, width)
+        self.conv2 = conv(config, width, width, 3, strides[1], rngs=rngs)
+        self.bn2 = batch_norm(config, width)
+        self.conv3 = conv(config, width, c_out, 1, rngs=rngs)
+        self.bn3 = batch_norm(config, c_out)
+        self.shortcut = make_shortcut(config, c_in, c_out, stride, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        y = self.bn1(self.conv1(x), relu=True)
+        y = self.bn2(self.conv2(y), relu=True)
+        shortcut = None if self.shortcut is None else self.shortcut(x)
+        return self.bn3(self.conv3(y), add=shortcut, relu=True)
+
+
+BLOCKS = {Block.BASIC: BasicBlock, Block.BOTTLENECK: Bottleneck}
+
+
+class MaxPool(nnx.Module):
+    """The largest of 3x3 pixels, at every second, with one row of padding on each side.
+
+    As PyTorch pads; "SAME" would pad (0, 1) where the image's size is even.
+    """
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
 
 class ZeroPad(nnx.Module):
@@ -168,18 +232,18 @@ def make_shortcut(
             return Projection1x1(config, c_in, c_out, stride, rngs=rngs)
 
 
-def conv3x3(
-    config: ResNetConfig, c_in: int, c_out: int, stride: int = 1, *, rngs: nnx.Rngs
+def conv(
+    config: ResNetConfig, c_in: int, c_out: int, size: int, stride: int = 1, *, rngs: nnx.Rngs
 ) -> nnx.Conv:
     return nnx.Conv(
         c_in,
         c_out,
-        (3, 3),
+        (size, size),
         strides=stride,
-        padding=1,  # on both sides, like PyTorch: at stride 2 "SAME" pads (0, 1)
+        padding=size // 2,  # on both sides, like PyTorch: at stride 2 "SAME" pads (0, 1)
         use_bias=config.conv_bias,
         kernel_init=kaiming_normal,
-        bias_init=bias_init(config, 9 * c_in),
+        bias_init=bias_init(config, size * size * c_in),
         conv_general_dilated=conv_general_dilated,
         dtype=compute_dtype(config),
         param_dtype=param_dtype(config),
@@ -188,7 +252,13 @@ def conv3x3(
 
 
 def batch_norm(config: ResNetConfig, num_features: int) -> BatchNorm:
-    return BatchNorm(num_features, dtype=compute_dtype(config), param_dtype=param_dtype(config))
+    return BatchNorm(
+        num_features,
+        momentum=config.batch_norm_momentum,
+        epsilon=config.batch_norm_epsilon,
+        dtype=compute_dtype(config),
+        param_dtype=param_dtype(config),
+    )
 
 
 def linear(config: ResNetConfig, c_in: int, c_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:

@@ -96,7 +96,7 @@ def biased_variance(monkeypatch: pytest.MonkeyPatch) -> None:
 def swapped_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flax's convention: the weight of the old statistics."""
     monkeypatch.setattr(
-        resnet, "BatchNorm", lambda *args, **kwargs: BatchNorm(*args, momentum=0.9, **kwargs)
+        resnet, "BatchNorm", lambda *args, **kwargs: BatchNorm(*args, **kwargs | {"momentum": 0.9})
     )
 
 

@@ -184,14 +184,14 @@ def test_float32_is_identical(depth: int, network: str, taps: int | None) -> Non
 
 def same_pad(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorFlow's: at stride 2 it pads (0, 1)."""
-    conv3x3 = resnet.conv3x3
+    conv = resnet.conv
 
     def mutant(*args: Any, **kwargs: Any) -> nnx.Conv:
-        conv = conv3x3(*args, **kwargs)
-        conv.padding = "SAME"
-        return conv
+        layer = conv(*args, **kwargs)
+        layer.padding = "SAME"
+        return layer
 
-    monkeypatch.setattr(resnet, "conv3x3", mutant)
+    monkeypatch.setattr(resnet, "conv", mutant)
 
 
 def late_stride(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,9 @@ def other_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong in its tenth digit."""
     epsilon = EPSILON * (1 + 1e-9)
     monkeypatch.setattr(
-        resnet, "BatchNorm", lambda *args, **kwargs: BatchNorm(*args, epsilon=epsilon, **kwargs)
+        resnet,
+        "BatchNorm",
+        lambda *args, **kwargs: BatchNorm(*args, **kwargs | {"epsilon": epsilon}),
     )
 
 

@@ -65,7 +65,7 @@ def differences(config: ResNetConfig) -> list[float]:
     forward = make_forward(pair, compiled=config.depth == 20)
     ours = forward(pair.params, pair.batch_stats, jnp.asarray(image))
     expected = theirs(pair.twin, image)
-    assert len(ours) == len(expected) == 3 * config.blocks_per_stage + 2
+    assert len(ours) == len(expected) == sum(config.architecture.blocks) + 2
     return list(map(relative, ours, expected))
 
 
@@ -150,7 +150,9 @@ def other_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong in its sixth digit."""
     epsilon = 1.00001e-5
     monkeypatch.setattr(
-        resnet, "BatchNorm", lambda *args, **kwargs: BatchNorm(*args, epsilon=epsilon, **kwargs)
+        resnet,
+        "BatchNorm",
+        lambda *args, **kwargs: BatchNorm(*args, **kwargs | {"epsilon": epsilon}),
     )
 
 

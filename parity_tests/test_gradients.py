@@ -128,7 +128,7 @@ def test_every_gradient_is_pytorchs_with_channels_padded_in_the_centre() -> None
 
 def other_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        resnet, "BatchNorm", lambda *args, **kwargs: BatchNorm(*args, epsilon=2e-5, **kwargs)
+        resnet, "BatchNorm", lambda *args, **kwargs: BatchNorm(*args, **kwargs | {"epsilon": 2e-5})
     )
 
 

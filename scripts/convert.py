@@ -17,13 +17,13 @@ import jax
 from absl import flags
 
 from flax_resnet import cli, places
-from flax_resnet.config import ChannelPad, Preprocess, Shortcut
+from flax_resnet.config import ChannelPad, Preprocess, Shortcut, Stride
 from flax_resnet.errors import ConfigError
 from flax_resnet.training.converted import check_target, is_workdir_name, write_workdir
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run
 from flax_resnet.weights import account, files
-from flax_resnet.weights.infer import USUAL_PREPROCESS
+from flax_resnet.weights.infer import usual_preprocess
 from flax_resnet.weights.layouts import Layout, StateDict
 from flax_resnet.weights.state_dict import Imported, from_state_dict, to_state_dict
 from torch_ref.compare.agreement import NUM_IMAGES, logit_differences
@@ -37,6 +37,12 @@ CHANNEL_PAD = flags.DEFINE_enum_class(
     None,
     ChannelPad,
     "of a PyTorch SRC with shortcut A: its keys do not show where it pads",
+)
+STRIDE = flags.DEFINE_enum_class(
+    "stride",
+    None,
+    Stride,
+    "of a PyTorch SRC with bottlenecks: its keys do not show which convolution halves the image",
 )
 DEPTH = flags.DEFINE_integer("depth", None, "what a PyTorch SRC must be")
 PREPROCESS = flags.DEFINE_enum_class(
@@ -66,7 +72,7 @@ def main(src: str, dst: str) -> None:
     found = ", ".join(f"{dtype} {x:.1e}" for dtype, x in differences.items())
     print(f"largest difference of the logits, relative, on {NUM_IMAGES} random images: {found}")
     if to_flax:
-        write_workdir(target, imported, choose_preprocess(layout))
+        write_workdir(target, imported, choose_preprocess(imported))
     else:
         files.write(target, state_dict, layout)
     print(f"written: {target}")
@@ -82,6 +88,7 @@ def read_torch(path: Path) -> tuple[Imported, StateDict]:
         contents.state_dict,
         shortcut=SHORTCUT.value,
         channel_pad=CHANNEL_PAD.value,
+        stride=STRIDE.value,
         depth=DEPTH.value,
     )
     print(f"read: {path}, layout {imported.layout.value}, step {imported.step}")
@@ -90,7 +97,7 @@ def read_torch(path: Path) -> tuple[Imported, StateDict]:
 
 
 def read_flax(path: Path) -> tuple[Imported, StateDict]:
-    if any(flag.present for flag in (SHORTCUT, CHANNEL_PAD, DEPTH)):
+    if any(flag.present for flag in (SHORTCUT, CHANNEL_PAD, STRIDE, DEPTH)):
         raise ConfigError(f"{path} says itself what its network is: no --shortcut and the like")
     run = open_run(path)
     print(f"read: {run.directory}, step {run.step}")
@@ -99,13 +106,13 @@ def read_flax(path: Path) -> tuple[Imported, StateDict]:
     return Imported(run.config.model, *weights, run.step, Layout.TWIN, [], []), {}
 
 
-def choose_preprocess(layout: Layout) -> Preprocess:
+def choose_preprocess(imported: Imported) -> Preprocess:
     if PREPROCESS.present:
         return PREPROCESS.value
-    usual = USUAL_PREPROCESS[layout]
+    usual = usual_preprocess(imported.config.architecture, imported.layout)
     print(
-        f"assumed: preprocess {usual.value}, as is usual in the {layout.value} layout. The file "
-        "does not tell; set preprocess if it is another"
+        f"assumed: preprocess {usual.value}, as is usual for such networks in the "
+        f"{imported.layout.value} layout. The file does not tell; set preprocess if it is another"
     )
     return usual
 

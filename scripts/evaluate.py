@@ -31,7 +31,7 @@ from flax_resnet.training.evaluation import Evaluation, make_evaluate_by_batch_s
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run, read_config, read_data_facts
 from flax_resnet.weights import files
-from flax_resnet.weights.infer import USUAL_PREPROCESS
+from flax_resnet.weights.infer import usual_preprocess
 from flax_resnet.weights.state_dict import Imported, from_state_dict
 
 CHECKPOINT = cli.define_place(
@@ -108,17 +108,20 @@ def read_torch(path: Path) -> Subject:
         contents.state_dict,
         shortcut=told.get("model.shortcut"),
         channel_pad=told.get("model.channel_pad"),
+        stride=told.get("model.stride"),
         depth=told.get("model.depth"),
     )
     for assumption in imported.assumed:
         print(f"assumed: {assumption}")
-    usual = DataConfig(preprocess=USUAL_PREPROCESS[imported.layout])
+    preprocess = usual_preprocess(imported.config.architecture, imported.layout)
+    usual = DataConfig(preprocess=preprocess)
     model = dataclasses.replace(imported.config)
     config = with_preprocess(cli.override(Experiment(model=model, data=usual)))
     if config.model.architecture != imported.config.architecture:
         raise ConfigError(
             f"{path} tells itself what its network is; --config.model takes the shortcut, "
-            "channel_pad, depth, dtype, scan_blocks and remat of a PyTorch file, nothing else"
+            "channel_pad, stride, depth, dtype, scan_blocks and remat of a PyTorch file, nothing "
+            "else"
         )
     check_flags(config, uses_training_images=True)
     title = f"{path}, layout {imported.layout.value}"

@@ -1,4 +1,4 @@
-"""Residual networks for CIFAR-10: He, Zhang, Ren and Sun 2015, section 4.2.
+"""The residual networks of He, Zhang, Ren and Sun 2015: table 1 (ImageNet), section 4.2 (CIFAR).
 
 Lay `flax_resnet/resnet.py` beside it: the two differ in `nn` against `nnx`, and in NCHW against
 NHWC. Only the configuration is shared, so that a default has one home.
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flax_resnet.config import (
+    Architecture,
+    Block,
     ChannelPad,
     DType,
     Init,
@@ -19,44 +21,55 @@ from flax_resnet.config import (
     ResNetConfig,
     Shortcut,
     Stem,
+    Stride,
 )
+from flax_resnet.errors import ConfigError
 
 Layer = Callable[[Tensor], Tensor]
 
 
 class ResNet(nn.Module):
-    """Stem, three stages of n blocks with 16, 32 and 64 filters, global average, classifier.
+    """Stem, stages of blocks, global average, classifier.
 
     Args:
-        config: depth 6n + 2, kind of shortcut and the other options; its compute type must be
-            float32 or float64 (bfloat16 is autocast's business).
+        config: depth, kind of shortcut and the other options; its compute type must be float32 or
+            float64 (bfloat16 is autocast's business).
 
     Attributes:
         architecture: what a checkpoint of this network fixes.
 
     Raises:
-        ConfigError: the depth is not 6n + 2.
+        ConfigError: there is no such network.
     """
 
     def __init__(self, config: ResNetConfig):
         super().__init__()
-        config.validate()
         self.architecture = config.architecture
-        self.conv1 = conv3x3(config, 3, 16)
-        self.bn1 = batch_norm(config, 16) if config.stem is Stem.CONV_BN_RELU else None
+        is_large = config.stem in (Stem.CONV7_BN_RELU_POOL, Stem.CONV7_POOL)
+        has_bn = config.stem in (Stem.CONV_BN_RELU, Stem.CONV7_BN_RELU_POOL)
+        size, stride = (7, 2) if is_large else (3, 1)
+        c_in, *_ = self.architecture.widths
+        self.conv1 = conv(config, config.image_channels, c_in, size, stride)
+        self.bn1 = batch_norm(config, c_in) if has_bn else None
+        self.max_pool = nn.MaxPool2d(3, stride=2, padding=1) if is_large else None
         self.stages = nn.ModuleList()
-        c_in = 16
-        for c_out in (16, 32, 64):
+        block = BLOCKS[self.architecture.block]
+        for s, width in enumerate(self.architecture.widths):
             stage = nn.ModuleList()
-            for i in range(config.blocks_per_stage):
-                stride = 2 if i == 0 and c_out > 16 else 1
-                stage.append(BasicBlock(config, c_in, c_out, stride))
-                c_in = c_out
+            for i in range(self.architecture.blocks[s]):
+                stride = 2 if i == 0 and s > 0 else 1
+                stage.append(block(config, c_in, width, stride))
+                c_in = width * block.expansion
             self.stages.append(stage)
-        self.fc = linear(config, 64, config.num_classes)
+        self.fc = linear(config, c_in, config.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (b, classes) of a batch of preprocessed images (b, 3, h, w)."""
+        """Logits (b, classes) of a batch of preprocessed images (b, c, h, w).
+
+        Raises:
+            ConfigError: the images have another number of channels, or no pixels.
+        """
+        check_images(self.architecture, x.shape[1], x.shape[2:])
         for _, layer in self.layers():
             x = layer(x)
         return x
@@ -72,20 +85,33 @@ class ResNet(nn.Module):
 
     def stem(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        return x if self.bn1 is None else F.relu(self.bn1(x))
+        x = x if self.bn1 is None else F.relu(self.bn1(x))
+        return x if self.max_pool is None else self.max_pool(x)
 
     def head(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))
 
 
+def check_images(architecture: Architecture, channels: int, size: tuple[int, ...]) -> None:
+    """Raises ConfigError unless the network takes images of so many channels and pixels."""
+    if channels != architecture.image_channels or min(size) < 1:
+        raise ConfigError(
+            f"images must have {architecture.image_channels} channel(s) and at least one pixel, "
+            f"got {channels} channel(s) of {' x '.join(map(str, size))} pixels"
+        )
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut: relu(residual(x) + shortcut(x)) (paper, figure 2)."""
 
-    def __init__(self, config: ResNetConfig, c_in: int, c_out: int, stride: int):
+    expansion = 1  # output channels over `width`
+
+    def __init__(self, config: ResNetConfig, c_in: int, width: int, stride: int):
         super().__init__()
-        self.conv1 = conv3x3(config, c_in, c_out, stride)
-        self.bn1 = batch_norm(config, c_out)
-        self.conv2 = conv3x3(config, c_out, c_out)
+        c_out = width * self.expansion
+        self.conv1 = conv(config, c_in, width, 3, stride)
+        self.bn1 = batch_norm(config, width)
+        self.conv2 = conv(config, width, c_out, 3)
         self.bn2 = batch_norm(config, c_out)
         self.shortcut = make_shortcut(config, c_in, c_out, stride)
 
@@ -93,6 +119,33 @@ class BasicBlock(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return F.relu(y) if self.shortcut is None else F.relu(y + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution around a shortcut (paper, figure 5, right)."""
+
+    expansion = 4
+
+    def __init__(self, config: ResNetConfig, c_in: int, width: int, stride: int):
+        super().__init__()
+        c_out = width * self.expansion
+        strides = (stride, 1) if config.stride is Stride.CONV1X1 else (1, stride)
+        self.conv1 = conv(config, c_in, width, 1, strides[0])
+        self.bn1 = batch_norm(config, width)
+        self.conv2 = conv(config, width, width, 3, strides[1])
+        self.bn2 = batch_norm(config, width)
+        self.conv3 = conv(config, width, c_out, 1)
+        self.bn3 = batch_norm(config, c_out)
+        self.shortcut = make_shortcut(config, c_in, c_out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y) if self.shortcut is None else F.relu(y + self.shortcut(x))
+
+
+BLOCKS = {Block.BASIC: BasicBlock, Block.BOTTLENECK: Bottleneck}
 
 
 class ZeroPad(nn.Module):
@@ -150,24 +203,29 @@ def make_shortcut(config: ResNetConfig, c_in: int, c_out: int, stride: int) -> n
             return Projection1x1(config, c_in, c_out, stride)
 
 
-def conv3x3(config: ResNetConfig, c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
-    conv = nn.Conv2d(
+def conv(config: ResNetConfig, c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:
+    layer = nn.Conv2d(
         c_in,
         c_out,
-        3,
+        size,
         stride=stride,
-        padding=1,
+        padding=size // 2,
         bias=config.conv_bias,
         dtype=param_dtype(config),
     )
-    kaiming_normal(conv)
+    kaiming_normal(layer)
     if config.init is Init.KAIMING:
-        zero_bias(conv)
-    return conv
+        zero_bias(layer)
+    return layer
 
 
 def batch_norm(config: ResNetConfig, num_features: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(num_features, dtype=param_dtype(config))
+    return nn.BatchNorm2d(
+        num_features,
+        momentum=config.batch_norm_momentum,
+        eps=config.batch_norm_epsilon,
+        dtype=param_dtype(config),
+    )
 
 
 def linear(config: ResNetConfig, c_in: int, c_out: int) -> nn.Linear:

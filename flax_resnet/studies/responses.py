@@ -9,14 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flax_resnet.config import Experiment, ResNetConfig
+from flax_resnet.config import Block, Experiment, ResNetConfig
 from flax_resnet.data import pixels, source
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.json_files import write_json
 from flax_resnet.nn.scan import Tree
 from flax_resnet.parallel import sharding
-from flax_resnet.resnet import ResNet, abstract, param_dtype
+from flax_resnet.resnet import Bottleneck, ResNet, abstract, param_dtype
 from flax_resnet.training.evaluation import make_evaluate_by_batch_statistics
 from flax_resnet.training.workdir import BATCH_STATISTICS, RESPONSES, open_run, read_config
 
@@ -60,7 +60,7 @@ def layer_responses(
     examples: Examples,
     constants: Normalization,
 ) -> dict[str, Any]:
-    """Standard deviation of each 3x3 layer's output (paper, section 4.2 and figure 7).
+    """Standard deviation of each layer's output (paper, section 4.2 and figure 7).
 
     Over the first 2,000 images, all positions and all channels, by the running statistics.
 
@@ -71,7 +71,7 @@ def layer_responses(
 
     @jax.jit
     def moments(
-        params: Tree, batch_stats: Tree, image: Float[Array, "b h w 3"]
+        params: Tree, batch_stats: Tree, image: Float[Array, "b h w c"]
     ) -> list[tuple[Array, Array]]:
         model = nnx.merge(graphdef, params, batch_stats, copy=True)
         model.eval()
@@ -90,8 +90,8 @@ def layer_responses(
     return {"images": size, "layers": layer_names(config.model), "std": np.sqrt(total).tolist()}
 
 
-def layer_outputs(model: ResNet, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b h2 w2 c2"]]:
-    """Every 3x3 layer's output after BatchNorm, before ReLU and addition; names: `layer_names`.
+def layer_outputs(model: ResNet, x: Float[Array, "b h w c"]) -> list[Float[Array, "b h2 w2 c2"]]:
+    """Every layer's output after BatchNorm, before ReLU and addition; names: `layer_names`.
 
     tanjeffreyz's stem has no BatchNorm: its output is the bare convolution's.
     """
@@ -101,12 +101,15 @@ def layer_outputs(model: ResNet, x: Float[Array, "b h w 3"]) -> list[Float[Array
     for stage in model.stages:
         for block in stage:
             y = block.bn1(block.conv1(x))
-            found += [y, block.bn2(block.conv2(nnx.relu(y)))]
+            found += [y, y := block.bn2(block.conv2(nnx.relu(y)))]
+            if isinstance(block, Bottleneck):
+                found.append(block.bn3(block.conv3(nnx.relu(y))))
             x = block(x)
     return found
 
 
 def layer_names(config: ResNetConfig) -> list[str]:
     """Such as "conv1", "stages.0.0.conv1", "stages.0.0.conv2", ...; from the input on."""
-    blocks = [f"stages.{s}.{b}" for s in range(3) for b in range(config.blocks_per_stage)]
-    return ["conv1", *(f"{block}.conv{i}" for block in blocks for i in (1, 2))]
+    blocks = [f"stages.{s}.{b}" for s, n in enumerate(config.architecture.blocks) for b in range(n)]
+    layers = (1, 2, 3) if config.architecture.block is Block.BOTTLENECK else (1, 2)
+    return ["conv1", *(f"{block}.conv{i}" for block in blocks for i in layers)]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from flax_resnet.config import ChannelPad, Shortcut
+from flax_resnet.config import ChannelPad, Shortcut, Stride
 from flax_resnet.errors import WeightsError
 from flax_resnet.resnet import ResNet, split
 from flax_resnet.weights.layouts import Layout, StateDict, listed
@@ -40,6 +40,7 @@ def from_torch(
     *,
     shortcut: Shortcut | None = None,
     channel_pad: ChannelPad | None = None,
+    stride: Stride | None = None,
     depth: int | None = None,
 ) -> ResNet:
     """A ready model, in evaluation mode (`model.train()` for more training), from PyTorch's.
@@ -47,8 +48,8 @@ def from_torch(
     Args:
         source: a .pt, .pth, .th or .safetensors file, or a state dict of tensors or arrays, in any
             layout of `Layout`. It and the model share no memory.
-        shortcut, channel_pad, depth: what the keys cannot tell; see `from_state_dict`. What is
-            assumed is logged as a warning.
+        shortcut, channel_pad, stride, depth: what the keys cannot tell; see `from_state_dict`.
+            What is assumed is logged as a warning.
 
     Raises:
         WeightsError: it is no state dict of such a network; the message names the key.
@@ -56,7 +57,11 @@ def from_torch(
     """
     contents = unwrap(source) if isinstance(source, Mapping) else read(Path(source))
     imported = from_state_dict(
-        contents.state_dict, shortcut=shortcut, channel_pad=channel_pad, depth=depth
+        contents.state_dict,
+        shortcut=shortcut,
+        channel_pad=channel_pad,
+        stride=stride,
+        depth=depth,
     )
     for assumption in imported.assumed:
         log.warning("assumed: %s", assumption)

@@ -6,24 +6,37 @@ from typing import NamedTuple
 import numpy as np
 
 from flax_resnet.config import (
+    TABLE_1,
     WIDTHS,
     Architecture,
+    Block,
     ChannelPad,
     DType,
     Preprocess,
     Projection,
+    ResNetConfig,
     Shortcut,
+    Stages,
     Stem,
+    Stride,
 )
 from flax_resnet.errors import WeightsError
 from flax_resnet.weights.layouts import Layout, StateDict, to_key
 
-USUAL_PREPROCESS = {  # what networks of each layout are usually fed: their files do not tell
+USUAL_PREPROCESS = {  # what CIFAR's networks of each layout are usually fed
     Layout.TWIN: Preprocess.MEAN_IMAGE,
     Layout.TORCHVISION: Preprocess.STANDARDIZE,
     Layout.AKAMASTER: Preprocess.IMAGENET,
     Layout.TANJEFFREYZ: Preprocess.OWN_MEAN,
 }
+
+
+def usual_preprocess(architecture: Architecture, layout: Layout) -> Preprocess:
+    """What such networks are usually fed: their files do not tell."""
+    if architecture.widths == WIDTHS[Stages.CIFAR]:
+        return USUAL_PREPROCESS[layout]
+    is_large = architecture.stem in (Stem.CONV7_BN_RELU_POOL, Stem.CONV7_POOL)
+    return Preprocess.IMAGENET if is_large else Preprocess.STANDARDIZE
 
 
 class Inferred(NamedTuple):
@@ -40,6 +53,7 @@ def infer(
     *,
     shortcut: Shortcut | None = None,
     channel_pad: ChannelPad | None = None,
+    stride: Stride | None = None,
     projection: Projection | None = None,
 ) -> Inferred:
     """The network of a state dict by name.
@@ -47,12 +61,12 @@ def infer(
     Args:
         state: may lack arrays or have too many: what follows is to compare it with the network's.
         layout: the one it was read from, which settles what is usual.
-        shortcut, channel_pad, projection: if known; else told by the names, or assumed.
+        shortcut, channel_pad, stride, projection: if known; else told by the names, or assumed.
 
     Raises:
-        WeightsError: it has no stem, no classifier or not three stages.
+        WeightsError: it has no stem, no classifier, or too few stages.
     """
-    blocks = tell_blocks(state, layout)
+    block, widths, blocks = tell_stages(state, layout)
     assumed: list[str] = []
     if shortcut is None:
         shortcut = tell_shortcut(state, layout, sum(blocks))
@@ -72,31 +86,54 @@ def infer(
                 f"channel_pad {channel_pad.value}, as is usual in the {layout.value} layout. The "
                 "keys do not show where shortcut A pads; set channel_pad if it is elsewhere"
             )
+    if block is not Block.BOTTLENECK:
+        stride = None
+    elif stride is None:
+        stride = Stride.CONV3X3
+        assumed.append(
+            "stride conv3x3, as is usual. The keys do not show which convolution of a bottleneck "
+            "has it; set stride if it is conv1x1, as in the paper"
+        )
     architecture = Architecture(
-        stem=Stem.CONV_BN_RELU if has_norm(state) else Stem.CONV,
-        widths=WIDTHS,
+        image_channels=state["conv1.weight"].shape[1],
+        stem=tell_stem(state),
+        block=block,
+        widths=widths,
         blocks=blocks,
+        stride=stride,
         shortcut=shortcut,
         channel_pad=channel_pad,
         projection=projection or tell_projection(state),
         conv_bias="conv1.bias" in state,
+        batch_norm_epsilon=ResNetConfig.batch_norm_epsilon,
         num_classes=len(state["fc.weight"]),
     )
     is_double = any(array.dtype == np.float64 for array in state.values())
     return Inferred(architecture, DType.FLOAT64 if is_double else DType.FLOAT32, assumed)
 
 
-def tell_blocks(state: StateDict, layout: Layout) -> tuple[int, ...]:
-    """How many blocks each stage has: equally many, so that of 3, 3 and 2 the 2 is the mistake.
+def tell_stages(state: StateDict, layout: Layout) -> tuple[Block, tuple[int, ...], tuple[int, ...]]:
+    """The kind of block, and the widths and numbers of blocks of the stages.
+
+    If no network has just these blocks, it is the nearest: in a network for CIFAR, of 3, 3 and 2
+    the 2 is the mistake.
 
     Raises:
         WeightsError: most stages have none, or the stem or the classifier is missing.
     """
     found = [
         len({match[1] for name in state if (match := re.match(rf"stages\.{s}\.(\d+)\.", name))})
-        for s in range(len(WIDTHS))
+        for s in range(4)
     ]
-    blocks = (sorted(found)[len(found) // 2],) * len(WIDTHS)
+    stages = Stages.IMAGENET if found[3] else Stages.CIFAR
+    if stages is Stages.CIFAR:
+        block, found = Block.BASIC, found[:3]
+        blocks = (sorted(found)[1],) * 3
+    else:
+        is_basic = not any(name.endswith(".conv3.weight") for name in state)
+        block = Block.BASIC if is_basic else Block.BOTTLENECK
+        rows = [blocks for kind, blocks in TABLE_1.values() if kind is block]
+        blocks = min(rows, key=lambda row: sum(abs(a - b) for a, b in zip(row, found, strict=True)))
     for name, dims in (("conv1.weight", 4), ("fc.weight", 2)):
         key = to_key(name, layout, blocks)
         if name not in state or 0 in blocks:
@@ -108,7 +145,14 @@ def tell_blocks(state: StateDict, layout: Layout) -> tuple[int, ...]:
             )
         if state[name].ndim != dims:
             raise WeightsError(f"{key} must have {dims} dimensions, got {state[name].shape}")
-    return blocks
+    return block, WIDTHS[stages], blocks
+
+
+def tell_stem(state: StateDict) -> Stem:
+    """The stem, by the size of its kernel and whether BatchNorm follows."""
+    if state["conv1.weight"].shape[2:] == (7, 7):
+        return Stem.CONV7_BN_RELU_POOL if has_norm(state) else Stem.CONV7_POOL
+    return Stem.CONV_BN_RELU if has_norm(state) else Stem.CONV
 
 
 def tell_shortcut(state: StateDict, layout: Layout, blocks: int) -> Shortcut | None:

@@ -63,6 +63,7 @@ def load_pretrained(
         files.read(path).state_dict,
         shortcut=model.shortcut,
         channel_pad=model.channel_pad,
+        stride=model.stride,
         projection=model.projection,
         depth=model.depth,
     )

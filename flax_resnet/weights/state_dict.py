@@ -19,6 +19,7 @@ from flax_resnet.config import (
     Projection,
     ResNetConfig,
     Shortcut,
+    Stride,
 )
 from flax_resnet.errors import WeightsError
 from flax_resnet.nn.scan import Tree
@@ -98,6 +99,7 @@ def from_state_dict(
     *,
     shortcut: Shortcut | None = None,
     channel_pad: ChannelPad | None = None,
+    stride: Stride | None = None,
     projection: Projection | None = None,
     depth: int | None = None,
 ) -> Imported:
@@ -112,6 +114,8 @@ def from_state_dict(
             tanjeffreyz's layout B too: without it A is taken, and `assumed` says so.
         channel_pad: where option A pads, which the keys do not show either. Without it the
             layout's usual place is taken, and `assumed` says so.
+        stride: which convolution of a bottleneck has it, if that is known; the keys do not show it.
+            Without it conv3x3 is taken, as torchvision has it, and `assumed` says so.
         projection: what projections are made of, if that is known: the keys show it where there
             are any. Without it a network that has none is of the family with such a stem.
         depth: what it must be, if that is known; the keys show what it is.
@@ -124,7 +128,12 @@ def from_state_dict(
     keys = by_name(state_dict, layout)
     state = {name: np.asarray(state_dict[key]) for name, key in keys.items()}
     architecture, dtype, assumed = infer(
-        state, layout, shortcut=shortcut, channel_pad=channel_pad, projection=projection
+        state,
+        layout,
+        shortcut=shortcut,
+        channel_pad=channel_pad,
+        stride=stride,
+        projection=projection,
     )
     config = ResNetConfig.of(architecture, dtype=dtype)
     network = f"a network of depth {config.depth} and shortcut {config.shortcut.value}"
@@ -205,7 +214,11 @@ def key_among(keys: Iterable[str], key: str) -> str:
 def last_block(keys: Mapping[str, str]) -> str:
     """The key of the last block's last convolution."""
     return max(
-        ((name, key) for name, key in keys.items() if name.endswith(".conv2.weight")),
+        (
+            (name, key)
+            for name, key in keys.items()
+            if name.endswith((".conv2.weight", ".conv3.weight"))
+        ),
         key=lambda pair: [int(part) for part in pair[0].split(".") if part.isdecimal()],
     )[1]
 

@@ -33,7 +33,8 @@ def logit_differences(
     Raises:
         WeightsError: further apart than rounding explains.
     """
-    image = np.random.default_rng(0).normal(size=(NUM_IMAGES, 32, 32, 3))
+    channels = imported.config.image_channels
+    image = np.random.default_rng(0).normal(size=(NUM_IMAGES, 32, 32, channels))
     named = {name: state_dict[key] for name, key in by_name(state_dict, layout).items()}
     found = {}
     for dtype in LIMIT:
