@@ -191,8 +191,8 @@ class ResNetConfig(Settings, group="model"):
     """A network of the paper, or one of its relatives."""
 
     depth: int = 20
-    stages: Stages = Stages.CIFAR
     shortcut: Shortcut = Shortcut.A
+    stages: Stages = Stages.CIFAR
     channel_pad: ChannelPad = ChannelPad.END
     projection: Projection = Projection.CONV_BN
     projection_init: ProjectionInit = ProjectionInit.KAIMING
@@ -277,9 +277,9 @@ class ResNetConfig(Settings, group="model"):
         found = [row for row in rows if stages_of(*row) == stages]
         if not found:
             raise ConfigError(
-                "a network must have equally many basic blocks in three stages of "
-                f"{WIDTHS[Stages.CIFAR]} channels, or the stages of ResNet-18, 34, 50, 101 or 152, "
-                f"got {stages[2]} {stages[0].value} blocks of {stages[1]} channels"
+                "a network must have equally many blocks in three stages of "
+                f"{WIDTHS[Stages.CIFAR]} channels, basic ones, or the stages of ResNet-18, 34, 50, "
+                f"101 or 152, got {stages[2]} {stages[0].value} blocks of {stages[1]} channels"
             )
         average = architecture.projection is Projection.CONV_BIAS
         usual: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """The two sides of an equation: a Flax network and its PyTorch twin with the same weights."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_resnet.config import ResNetConfig
+from flax_resnet.config import (
+    DType,
+    Init,
+    Projection,
+    ProjectionInit,
+    ResNetConfig,
+    Shortcut,
+    Stem,
+    Stride,
+)
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet, split
 from flax_resnet.weights.state_dict import to_state_dict
@@ -15,6 +25,36 @@ from flax_resnet.weights.state_dict import to_state_dict
 torch = pytest.importorskip("torch", reason="the other side of every equation here is PyTorch")
 
 from torch_ref.resnet import ResNet as TorchResNet  # noqa: E402 (it needs torch)
+
+# The networks with ImageNet's stages. In float64, and with few classes: a larger classifier shows no
+# more. The last is tanjeffreyz's, whose images have one channel.
+LARGE = {
+    "18-A": ResNetConfig.imagenet(18, Shortcut.A),
+    "18-B": ResNetConfig.imagenet(18),
+    "34-plain": ResNetConfig.imagenet(34, Shortcut.PLAIN),
+    "34-C": ResNetConfig.imagenet(34, Shortcut.C),
+    "50-A": ResNetConfig.imagenet(50, Shortcut.A),
+    "50-B": ResNetConfig.imagenet(50),
+    "50-B, stride on 3x3": ResNetConfig.imagenet(50, stride=Stride.CONV3X3),
+    "101-B": ResNetConfig.imagenet(101),
+    "152-B": ResNetConfig.imagenet(152),
+    "kuangliu-18": ResNetConfig.kuangliu(18),
+    "kuangliu-50": ResNetConfig.kuangliu(50),
+    "tanjeffreyz-18-B": ResNetConfig.imagenet(
+        18,
+        stem=Stem.CONV7_POOL,
+        conv_bias=True,
+        projection=Projection.CONV_BIAS,
+        projection_init=ProjectionInit.AVERAGE,
+        init=Init.TORCH,
+        image_channels=1,
+    ),
+}
+LARGE = {
+    name: dataclasses.replace(config, num_classes=10, dtype=DType.FLOAT64)
+    for name, config in LARGE.items()
+}
+QUICK_LARGE = ("18-B", "50-B", "50-B, stride on 3x3")
 
 
 class Pair(NamedTuple):
@@ -57,9 +97,12 @@ def make_twin(config: ResNetConfig, params: Tree, batch_stats: Tree) -> TorchRes
     return twin
 
 
-def images(batch_size: int, seed: int = 0, dtype: str = "float64") -> np.ndarray:
-    """Standard normal noise (b, 32, 32, 3)."""
-    return np.random.default_rng(seed).normal(size=(batch_size, 32, 32, 3)).astype(dtype)
+def images(
+    batch_size: int, seed: int = 0, dtype: str = "float64", *, size: int = 32, channels: int = 3
+) -> np.ndarray:
+    """Standard normal noise (b, size, size, channels)."""
+    shape = (batch_size, size, size, channels)
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 def to_torch(image: np.ndarray) -> "torch.Tensor":

@@ -93,7 +93,9 @@ def test_a_config_says_how_too() -> None:
         {"blocks": (3, 4, 3)},
         {"blocks": (2, 2)},
         {"blocks": ()},
-        {"blocks": (2, 2, 2, 2), "widths": (64, 128, 256, 512)},
+        {"blocks": (2, 2, 2, 3), "widths": (64, 128, 256, 512)},
+        {"blocks": (2, 2, 2, 2), "widths": (16, 32, 64, 128)},
+        {"blocks": (3, 4, 23, 3), "widths": (64, 128, 256, 512)},  # of bottlenecks alone
         {"widths": (64, 128, 256)},
     ],
     ids=str,

@@ -30,7 +30,7 @@ from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.resnet import abstract
 from flax_resnet.weights.trees import tree_to_torch
-from parity_tests.pair import Pair, make_twin, to_torch, torch
+from parity_tests.pair import LARGE, Pair, make_twin, to_torch, torch
 
 Arrays = dict[str, np.ndarray]
 EPSILON = 1e-5
@@ -91,7 +91,8 @@ def dyadic_pair(config: ResNetConfig, taps: int | None = None) -> Pair:
 def dyadic_data(config: ResNetConfig) -> tuple[np.ndarray, np.ndarray]:
     """Two images, and what the loss multiplies their logits by."""
     rng = np.random.default_rng(1)
-    image, weight = rng.integers(-2, 3, (2, 32, 32, 3)), rng.choice([-1, 1], (2, 10))
+    image = rng.integers(-2, 3, (2, 32, 32, config.image_channels))
+    weight = rng.choice([-1, 1], (2, 10))
     return image.astype(config.dtype.value), weight.astype(config.dtype.value)
 
 
@@ -155,6 +156,16 @@ def test_float64_is_identical(depth: int, network: str) -> None:
     expected = theirs(pair)
     assert_tells_much(expected)
     assert differing(ours(pair, compiled=depth == 20), expected) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_float64_of_a_large_network_is_identical(name: str) -> None:
+    """The max-pool's gradient too, where several of its nine pixels are the largest."""
+    pair = dyadic_pair(LARGE[name])
+    expected = theirs(pair)
+    assert_tells_much(expected)
+    assert differing(ours(pair), expected) == []
 
 
 @pytest.mark.parametrize(

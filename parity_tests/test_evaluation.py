@@ -27,7 +27,16 @@ from flax_resnet import resnet
 from flax_resnet.config import DType, ResNetConfig, Shortcut
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.cpu import compiler_options
-from parity_tests.pair import Pair, images, make_pair, relative, to_torch, torch
+from parity_tests.pair import (
+    LARGE,
+    QUICK_LARGE,
+    Pair,
+    images,
+    make_pair,
+    relative,
+    to_torch,
+    torch,
+)
 
 SEEDS = range(20)
 Forward = Callable[[Any, Any, jax.Array], list[jax.Array]]
@@ -61,7 +70,7 @@ def theirs(twin: torch.nn.Module, image: np.ndarray) -> list[np.ndarray]:
 
 def differences(config: ResNetConfig) -> list[float]:
     """At stem, blocks and logits."""
-    pair, image = make_pair(config), images(2)
+    pair, image = make_pair(config), images(2, channels=config.image_channels)
     forward = make_forward(pair, compiled=config.depth == 20)
     ours = forward(pair.params, pair.batch_stats, jnp.asarray(image))
     expected = theirs(pair.twin, image)
@@ -103,6 +112,14 @@ def test_every_block_is_pytorchs_in_float64(
 
 def test_every_block_is_pytorchs_with_channels_padded_in_the_centre() -> None:
     assert max(differences(ResNetConfig.akamaster(20, dtype=DType.FLOAT64))) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x in QUICK_LARGE else pytest.mark.slow) for x in LARGE],
+)
+def test_every_block_of_a_large_network_is_pytorchs_in_float64(name: str) -> None:
+    assert max(differences(LARGE[name])) <= 1e-13
 
 
 def distances(config: ResNetConfig) -> np.ndarray:

@@ -125,7 +125,8 @@ def tell_stages(state: StateDict, layout: Layout) -> tuple[Block, tuple[int, ...
         len({match[1] for name in state if (match := re.match(rf"stages\.{s}\.(\d+)\.", name))})
         for s in range(4)
     ]
-    stages = Stages.IMAGENET if found[3] else Stages.CIFAR
+    is_wide = len(state.get("conv1.weight", ())) == WIDTHS[Stages.IMAGENET][0]
+    stages = Stages.IMAGENET if is_wide and found[3] else Stages.CIFAR
     if stages is Stages.CIFAR:
         block, found = Block.BASIC, found[:3]
         blocks = (sorted(found)[1],) * 3
