@@ -26,8 +26,8 @@ torch = pytest.importorskip("torch", reason="the other side of every equation he
 
 from torch_ref.resnet import ResNet as TorchResNet  # noqa: E402 (it needs torch)
 
-# The networks with ImageNet's stages. In float64, and with few classes: a larger classifier shows no
-# more. The last is tanjeffreyz's, whose images have one channel.
+# The networks with ImageNet's stages, in float64 and with few classes. The last is tanjeffreyz's,
+# whose images have one channel.
 LARGE = {
     "18-A": ResNetConfig.imagenet(18, Shortcut.A),
     "18-B": ResNetConfig.imagenet(18),

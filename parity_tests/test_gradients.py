@@ -42,10 +42,16 @@ COMPILED = (Shortcut.A, Shortcut.C)  # of the paper's at depth 20: as a whole, a
 
 
 def open_relus(pair: Pair) -> Pair:
-    """Adds 2 to BatchNorm's biases, so that relu lets nearly all pass."""
+    """Adds 2 to the biases of a block's first two BatchNorms: relu lets nearly all pass.
+
+    In a network for CIFAR, to the stem's too. Before a max-pool all would pass, and the gradient of
+    that bias would be rounding alone: the next BatchNorm takes it away.
+    """
+    is_small = pair.config.stages is Stages.CIFAR
 
     def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x + 2 if path[-2].key in ("bn1", "bn2", "bn3") and path[-1].key == "bias" else x
+        is_open = path[-2].key in ("bn1", "bn2") and (is_small or path[0].key == "stages")
+        return x + 2 if is_open and path[-1].key == "bias" else x
 
     params = jax.tree_util.tree_map_with_path(leaf, pair.params)
     return pair._replace(params=params, twin=make_twin(pair.config, params, pair.batch_stats))
