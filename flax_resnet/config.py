@@ -155,11 +155,10 @@ def stages_of(stages: Stages, depth: int) -> tuple[Block, tuple[int, ...], tuple
         return block, WIDTHS[stages], blocks
     return Block.BASIC, WIDTHS[stages], ((depth - 2) // 6,) * 3
 
+
 # Numbers beyond these would silently become others.
 LAST_STEP = 2**31 - 1  # steps, errors and images are counted in int32
-MOST_IMAGES = (
-    2**24
-)  # of a batch: float32, in which the loss is divided, holds every integer to here
+MOST_IMAGES = 2**24  # of a batch: float32, which divides the loss, has all integers to here
 MOST_SUMMANDS = 2**16  # of a sum in float32: 2^18 equal ones are 0.2 % off, as many 0.01 %
 LEAST_NUMBER, MOST_NUMBER = 2.0**-126, 2.0**127  # float32 has smaller ones, which XLA makes zero
 
@@ -493,6 +492,9 @@ class Experiment(Settings):
     def validate(self) -> None:
         """Raises ConfigError at the first setting that breaks a rule."""
         self.model.validate()
+        rule = "3, as the images of every data set have"
+        channels = self.model.image_channels
+        require(channels == 3, "model.image_channels", rule, channels)
         self.data.validate()
         self.train.validate()
         self.optim.validate(self.train.steps)
@@ -508,6 +510,8 @@ class Experiment(Settings):
         if shortcut not in (Shortcut.B, Shortcut.C):
             why = f"shortcut {shortcut.value} has no projections"
             found |= dict.fromkeys(("model.projection", "model.projection_init"), why)
+        if stages_of(self.model.stages, self.model.depth)[0] is not Block.BOTTLENECK:
+            found["model.stride"] = f"a network of depth {self.model.depth} has no bottlenecks"
         if self.data.name is Dataset.DIGITS and self.data.dir is not None:
             found["data.dir"] = "the digits come with scikit-learn"
         if self.optim.schedule is Schedule.COSINE:
