@@ -15,7 +15,7 @@ from flax_resnet.resnet import ResNet, abstract
 from flax_resnet.weights.infer import infer
 from flax_resnet.weights.layouts import Layout
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
-from parity_tests.pair import torch
+from parity_tests.pair import LARGE, torch
 from torch_ref.resnet import ResNet as TorchResNet
 
 FAMILIES = [ResNetConfig.paper, ResNetConfig.tanjeffreyz, ResNetConfig.akamaster]
@@ -33,6 +33,24 @@ def test_who_keeps_it(family: Any, shortcut: Shortcut) -> None:
     told = {"shortcut": shortcut, "channel_pad": config.channel_pad}
     assert from_state_dict(state, **told).config.architecture == architecture
     assert ResNetConfig.of(architecture, dtype=DType.FLOAT64) == config
+
+
+@pytest.mark.parametrize("layout", [Layout.TWIN, Layout.TORCHVISION, Layout.AKAMASTER])
+@pytest.mark.parametrize("name", ["18-A", "18-B", "50-B, stride on 3x3", "kuangliu-18"])
+def test_a_large_network_is_read_by_its_keys_and_what_it_is_told(name: str, layout: Layout) -> None:
+    config = LARGE[name]
+    architecture = config.architecture
+    _, params, batch_stats = abstract(config)
+    trees = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), (params, batch_stats))
+    state = to_state_dict(architecture, *trees, layout=layout)
+    told = {"shortcut": config.shortcut, "channel_pad": config.channel_pad}
+    found = from_state_dict(state, **told)
+    assert found.config.architecture == architecture
+    doubts = [sentence for sentence in found.assumed if "stride conv3x3" in sentence]
+    assert len(doubts) == (name == "50-B, stride on 3x3")
+    assert ResNetConfig.of(architecture, dtype=DType.FLOAT64) == dataclasses.replace(
+        config, stride=config.stride if architecture.stride else ResNetConfig.stride
+    )
 
 
 PLAIN, PLAIN_OR_B, PAD = (

@@ -3,7 +3,7 @@
 import pytest
 from flax.traverse_util import flatten_dict
 
-from flax_resnet.config import Projection, ResNetConfig, Shortcut, Stem
+from flax_resnet.config import Projection, ResNetConfig, Shortcut, Stem, Stride
 from flax_resnet.errors import ConfigError
 from flax_resnet.resnet import abstract
 
@@ -71,3 +71,34 @@ def test_plain_and_zero_padded_networks_are_equally_large(depth: int) -> None:
 def test_a_depth_that_is_not_6n_plus_2_is_refused(depth: int) -> None:
     with pytest.raises(ConfigError, match=rf"6n\+2 .*got {depth}"):
         abstract(ResNetConfig(depth=depth))
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters"),
+    [
+        (18, 11_689_512),
+        (34, 21_797_672),
+        (50, 25_557_032),
+        pytest.param(101, 44_549_160, marks=pytest.mark.slow),
+        pytest.param(152, 60_192_808, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("stride", Stride)
+def test_the_large_networks_have_torchvisions_number(
+    depth: int, parameters: int, stride: Stride
+) -> None:
+    """Those that torchvision's documentation gives for its resnet18 to resnet152."""
+    assert count(ResNetConfig.imagenet(depth, stride=stride)) == parameters
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(18, 11_173_962), (50, 23_520_842)])
+def test_kuangliu_has_torchvisions_less_a_smaller_stem_and_classifier(
+    depth: int, parameters: int
+) -> None:
+    assert count(ResNetConfig.kuangliu(depth)) == parameters
+
+
+@pytest.mark.parametrize("depth", [20, 19, 35, 200])
+def test_a_depth_that_table_1_has_not_is_an_error(depth: int) -> None:
+    with pytest.raises(ConfigError, match=rf"must be 18, 34, 50, 101 or 152, got {depth}"):
+        ResNetConfig.imagenet(depth).validate()

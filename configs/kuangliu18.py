@@ -1,0 +1,7 @@
+"""kuangliu/pytorch-cifar's ResNet-18: ImageNet's stages on CIFAR-10, with the paper's recipe."""
+
+from flax_resnet.config import Experiment, ResNetConfig
+
+
+def get_config() -> Experiment:
+    return Experiment(model=ResNetConfig.kuangliu(18))
