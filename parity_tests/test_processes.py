@@ -245,23 +245,3 @@ def test_pmap_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match="parallel must be jit when several processes"):
         sharding.compile_step(lambda x: x, mesh, Parallel.PMAP)
-
-
-SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "several"),
-    [
-        ({}, False),  # a laptop waits for nobody
-        (SLURM, True),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False),  # `srun --pty bash` in a job of two tasks
-        ({"SLURM_NTASKS": "2"}, False),  # the batch script itself
-        ({"TPU_ML_PLATFORM": "JAX"}, True),
-        ({"TPU_ML_PLATFORM": "JAX", "JAX_PLATFORMS": "cpu"}, False),
-    ],
-)
-def test_only_surroundings_of_several_processes_are_joined(
-    environment: dict[str, str], several: bool
-) -> None:
-    assert processes.are_several(environment) == several

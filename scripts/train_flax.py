@@ -3,8 +3,9 @@
 Any setting can be overridden: `--config.model.shortcut=B --config.train.steps=200`. Run again, it
 goes on from the newest checkpoint in the work directory.
 
-Several processes train as one: on a TPU VM and under Slurm without being told, elsewhere with
-`--coordinator HOST:PORT --num_processes N --process_id I`; only process 0 has a work directory.
+Several processes train as one: on a TPU VM, under Slurm and under Open MPI without being told,
+elsewhere with `--coordinator HOST:PORT --num_processes N --process_id I`; only process 0 has a work
+directory.
 """
 
 from pathlib import Path

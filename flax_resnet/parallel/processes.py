@@ -22,8 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 from flax_resnet import errors
 from flax_resnet.errors import ConfigError, UserError
+from flax_resnet.parallel import launcher
+from flax_resnet.parallel.launcher import FLAGS, Place
+from flax_resnet.parallel.meeting import Patience, meet
 
-SECONDS_TO_MEET = 300
+PATIENCE = Patience()
 SECONDS_TO_LEAVE = 10  # after the last collective act, which all have been through
 
 
@@ -33,31 +36,34 @@ def start(
     """Meets the other processes, if there are any; to be called before JAX is used.
 
     Args:
-        coordinator: HOST:PORT of process 0, num_processes, process_id: all three, or none to let
-            JAX find them out on a TPU VM or under Slurm. Elsewhere none means one process.
+        coordinator: HOST:PORT of process 0, num_processes, process_id: all three, or none where
+            the surroundings tell: a TPU VM, Slurm, Open MPI. Elsewhere none means one process.
 
     Raises:
         ConfigError: some are missing or break a rule, or the processes do not meet.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in given.items() if value is None]
-    if len(missing) == len(given) and not are_several(os.environ):
+    if 0 < len(missing) < len(given):
+        raise ConfigError(f"{FLAGS} go together; missing: {', '.join(missing)}")
+    if missing:
+        place = launcher.find(os.environ)
+    else:
+        place = Place(coordinator or "", num_processes or 0, process_id or 0)
+    if place is None and not is_tpu_vm(os.environ):
         return
-    if not missing:
-        check(coordinator or "", num_processes or 0, process_id or 0)
-    elif len(missing) < len(given):
-        raise ConfigError(
-            "--coordinator, --num_processes and --process_id go together; "
-            f"missing: {', '.join(missing)}"
-        )
+    if place is not None:
+        check(*place[:3])
+        meet(place, PATIENCE)
     try:
         jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
+            place.coordinator if place else None,
+            place.num_processes if place else None,
+            place.process_id if place else None,
+            place.devices if place else None,
             # JAX's own detection would take one of the GPUs; flags say nothing of devices.
-            cluster_detection_method=None if missing else "deactivate",
-            initialization_timeout=SECONDS_TO_MEET,
+            cluster_detection_method="deactivate" if place else None,
+            initialization_timeout=int(PATIENCE.to_meet),
             shutdown_timeout_seconds=SECONDS_TO_LEAVE,
         )
     except (RuntimeError, ValueError, OSError) as e:
@@ -67,11 +73,8 @@ def start(
         logging.getLogger("flax_resnet").setLevel(logging.WARNING)
 
 
-def are_several(environment: Mapping[str, str]) -> bool:
-    """Whether the surroundings say so: a Slurm step of several tasks, or a TPU VM."""
-    # JAX sets the latter where it finds TPU cores; a host alone is several of one, which is fine.
-    if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment:
-        return int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]) > 1
+def is_tpu_vm(environment: Mapping[str, str]) -> bool:
+    """Where JAX asks the machine itself; a host alone is several of one, which is fine."""
     return "TPU_ML_PLATFORM" in environment and environment.get("JAX_PLATFORMS") != "cpu"
 
 
