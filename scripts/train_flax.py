@@ -1,7 +1,8 @@
 """Trains a network: `python scripts/train_flax.py --config configs/resnet20.py [--workdir DIR]`.
 
 Any setting can be overridden: `--config.model.shortcut=B --config.train.steps=200`. Run again, it
-goes on from the newest checkpoint in the work directory.
+goes on from the newest checkpoint in the work directory. DIR may be gs://BUCKET/NAME or
+s3://BUCKET/NAME: then the run trains in a local copy, and what is new goes there.
 
 Several processes train as one: on a TPU VM, under Slurm and under Open MPI without being told,
 elsewhere with `--coordinator HOST:PORT --num_processes N --process_id I`; only process 0 has a work
@@ -22,8 +23,7 @@ CONFIG = cli.define_config(default="quickstart")
 WORKDIR = cli.define_place(
     "workdir",
     None,
-    "where the run lives, a directory or gs://BUCKET/NAME or s3://BUCKET/NAME; default: "
-    "runs/<config's name>",
+    "where the run lives, a directory or the URL of a bucket; default: runs/<config's name>",
 )
 LOCAL = cli.define_path(
     "local",
