@@ -1,4 +1,7 @@
-"""kuangliu/pytorch-cifar's ResNet-18: ImageNet's stages on CIFAR-10, with the paper's recipe."""
+"""kuangliu/pytorch-cifar's ResNet-18: ImageNet's stages on CIFAR-10, with the paper's recipe.
+
+python scripts/train_flax.py --config configs/kuangliu18.py
+"""
 
 from flax_resnet.config import Experiment, ResNetConfig
 

@@ -113,6 +113,11 @@ def override(config: Experiment) -> Experiment:
     return checked(config)
 
 
+def config_name(flag: flags.FlagHolder[str]) -> str:
+    """What the flag's config is called: the name of its file, without folder and ending."""
+    return Path(flag.value).stem
+
+
 def experiment(flag: flags.FlagHolder[str]) -> Experiment:
     """What the flag's config says, overrides included, checked.
 

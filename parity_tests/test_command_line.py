@@ -1,6 +1,5 @@
 """Claim: a user's mistake becomes one line that says the rule and the value, before any work."""
 
-import math
 import os
 import re
 import subprocess
@@ -9,14 +8,17 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
 
-from flax_resnet import cli, config_file
+from flax_resnet import cli, config_file, setting_flags
 from flax_resnet.config import (
     DataConfig,
     Dataset,
     Experiment,
     ResNetConfig,
+    Schedule,
     Shortcut,
+    TrainConfig,
 )
 from flax_resnet.data import source
 from flax_resnet.errors import CheckpointError, ConfigError
@@ -52,7 +54,7 @@ ROOT = Path(__file__).parent.parent
         ),
         ("train.label_smoothing", 1.0, "train.label_smoothing must be in [0, 1), got 1.0"),
         ("data.mixup", -0.1, "data.mixup must be 0, or 0.001 to 1000, got -0.1"),
-        ("data.cutmix", math.nan, "data.cutmix must be 0, or 0.001 to 1000, got nan"),
+        ("data.cutmix", 1e4, "data.cutmix must be 0, or 0.001 to 1000, got 10000.0"),
         ("seed", -1, "seed must be 0 to 2^63 - 1, got -1"),
     ],
 )
@@ -69,6 +71,45 @@ def test_a_setting_that_breaks_a_rule(setting: str, value: object, message: str)
     assert "\n" not in str(error.value)
 
 
+def test_a_cosine_must_have_steps_after_its_warm_up() -> None:
+    config = Experiment(train=TrainConfig(steps=400))
+    config.optim.warmup_steps, config.optim.boundaries = 400, ()
+    config.validate()
+    config.optim.schedule = Schedule.COSINE
+    rule = r"optim.warmup_steps must be below train.steps \(400\) with .*=cosine, got 400"
+    with pytest.raises(ConfigError, match=rule):
+        config.validate()
+    config.optim.warmup_steps, config.optim.boundaries = 399, (5, 3)  # which a cosine has not
+    config.validate()
+
+
+@pytest.fixture
+def fresh_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has defined none yet."""
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    monkeypatch.setattr(setting_flags, "own_flags", {})
+
+
+def trained(*arguments: str) -> Experiment:
+    """What `train_flax.py` would train, with quickstart where the arguments have no --config."""
+    config = cli.define_config(default="quickstart")
+    assert cli.parse_flags(["train_flax.py", *arguments]) == ["train_flax.py"]
+    with jax.enable_x64(True):  # which `cli.checked` switches off
+        return cli.guarded(lambda: cli.experiment(config))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The line that is printed in the place of training."""
+    with pytest.raises(SystemExit) as stop:
+        trained(*arguments)
+    assert stop.value.code == 2
+    out, line = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch("error: .*\n", line)
+    return line.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.mark.usefixtures("fresh_flags")
 @pytest.mark.parametrize(
     ("arguments", "path", "held"),
     [
@@ -284,7 +325,7 @@ def test_more_validation_examples_than_there_are() -> None:
 
 def test_every_config_file_says_its_own_command_and_is_valid() -> None:
     paths = sorted(ROOT.glob("configs/*.py"))
-    assert len(paths) == 13
+    assert len(paths) == 14
     for path in paths:
         config = config_file.load(path)
         config.validate()

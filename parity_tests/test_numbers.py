@@ -132,7 +132,7 @@ def test_a_warm_up_that_ends_after_the_last_step() -> None:
 
 
 def test_the_schedule_tells_the_last_step_from_the_one_before() -> None:
-    schedule = make_schedule(OptimConfig(boundaries=(LAST_STEP,)))
+    schedule = make_schedule(OptimConfig(boundaries=(LAST_STEP,)), LAST_STEP)
     before, after = (float(schedule(np.int32(at))) for at in (LAST_STEP - 1, LAST_STEP))
     assert (before, after) == pytest.approx((0.1, 0.01))
 
@@ -144,7 +144,8 @@ def test_momentum_and_rates_that_are_accepted_are_numbers_in_float32() -> None:
     config.validate()
     with jax.enable_x64(False):
         assert float(jax.numpy.float32(config.optim.momentum)) < 1
-        assert float(make_schedule(config.optim)(0) * jax.numpy.ones(())) == 2.0**-126
+        rate = make_schedule(config.optim, config.train.steps)(0)
+        assert float(rate * jax.numpy.ones(())) == 2.0**-126
 
 
 @pytest.mark.parametrize(

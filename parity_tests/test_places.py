@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnet import cli
+from flax_resnet import config_file
 from flax_resnet.config import Experiment
 from flax_resnet.errors import ConfigError
 from flax_resnet.places import Url, local_path, place
@@ -97,7 +97,7 @@ def test_a_setting_and_an_argument_of_python(tmp_path: Path) -> None:
 def test_a_config_by_its_path_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.find_config("~/mine.py") == tmp_path / "mine.py"
+    assert config_file.find("~/mine.py") == tmp_path / "mine.py"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -57,6 +57,7 @@ ONE_SIDED = {  # and why; a class or function stands for all that is in it
         "TrainState.label_smoothing": "ours has it in the Program",
         "TrainState.accumulate": "likewise",
         "Program": STATE,
+        "key_of": "PyTorch's generator takes a seed of 64 bits as it is",
         "init.num_devices": "the twin has one device",
         "train_step.program": STATE,
         "accumulated_gradient": "PyTorch adds up gradients by itself",

@@ -38,7 +38,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0
 def main() -> None:
     config = cli.experiment(CONFIG)
     processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    place = WORKDIR.value or Path(f"runs/{Path(CONFIG.value).stem}")
+    place = WORKDIR.value or Path(f"runs/{cli.config_name(CONFIG)}")
     if LOCAL.value and isinstance(place, Path):
         raise ConfigError(f"--local is of a --workdir in a bucket, which {place} is not")
     with mirrored(place, LOCAL.value) as workdir:
