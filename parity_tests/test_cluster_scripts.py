@@ -19,7 +19,7 @@ def tpu_vm(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sh"])
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sh", "slurm_array.sh"])
 def test_it_is_sound_shell(name: str) -> None:
     subprocess.run(["bash", "-n", str(SCRIPTS / name)], check=True)
 

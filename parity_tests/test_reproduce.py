@@ -6,6 +6,7 @@ Real processes, real signals: ResNet-8 on the digits, 200 steps of 16, with thre
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from flax_resnet.config import Dataset
+from flax_resnet.errors import ConfigError
 from flax_resnet.json_files import write_json
 from flax_resnet.studies import sweep
 from flax_resnet.studies.recipes import STUDIES, make_jobs
@@ -172,6 +174,97 @@ def test_what_would_spoil_it_is_refused_before_any_work(
     assert refused.errors.count("\n") == 1
     assert message in refused.errors
     assert {path.name for path in begun.iterdir()} == {"checkpoints", "config.json"}
+
+
+@pytest.mark.slow
+def test_the_tasks_of_an_array_do_a_share_each(tmp_path: Path) -> None:
+    """Two tasks of Slurm, by the variables that it would set, at the same time; then one command
+    without an array. Not a real Slurm."""
+    array = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+    flags = ["--seeds=0,1", "--steps=8", "--config.train.checkpoint_every=8"]
+    with pytest.MonkeyPatch.context() as patch:
+        tasks = []
+        for name, value in array.items():
+            patch.setenv(name, value)
+        for task in ("3", "4"):
+            patch.setenv("SLURM_ARRAY_TASK_ID", task)
+            tasks.append(start(tmp_path, *flags))
+    for i, task in enumerate(tasks):
+        errors = task.communicate(timeout=600)[1]
+        assert task.returncode == 0, errors
+        assert f"share {i}/2: 1 of 2 runs" in errors
+        assert "0 of 1 runs are finished already" in errors
+    for job in ("A-8-s0", "A-8-s1"):
+        assert log(tmp_path, job).count("test error") == 1
+    readme = (tmp_path / "results/tiny/README.md").read_text()
+    assert re.search(r"\| \*\*\d+\.\d\d ± \d", readme)  # of both runs, though each task had one
+    last = finish(tmp_path, *flags)
+    assert last.code == 0, last.errors
+    assert "2 of 2 runs are finished already" in last.errors
+    assert not list((tmp_path / "results").rglob("*.tmp"))
+
+
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "7",
+    "SLURM_ARRAY_TASK_MIN": "3",
+    "SLURM_ARRAY_TASK_MAX": "9",
+    "SLURM_ARRAY_TASK_COUNT": "4",
+    "SLURM_ARRAY_TASK_STEP": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        (ARRAY, (2, 4)),
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "3"}, (0, 4)),
+        (dict.fromkeys(ARRAY, "1"), (0, 1)),
+        ({**ARRAY, "SLURM_ARRAY_TASK_STEP": "", "SLURM_ARRAY_TASK_COUNT": "7"}, (4, 7)),
+    ],
+)
+def test_a_task_of_an_array_has_a_share(
+    environment: dict[str, str], expected: tuple[int, int]
+) -> None:
+    assert sweep.array_share(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (ARRAY | {"SLURM_ARRAY_TASK_ID": "6"}, "must be a range, such as --array=0-3, got task 6"),
+        (ARRAY | {"SLURM_ARRAY_TASK_ID": "11"}, "must be a range, such as --array=0-3, got task"),
+        (ARRAY | {"SLURM_ARRAY_TASK_COUNT": ""}, "does not tell SLURM_ARRAY_TASK_COUNT and SLURM"),
+        (ARRAY | {"SLURM_ARRAY_TASK_ID": "7_2"}, "SLURM_ARRAY_TASK_ID must be a number, got '7_2"),
+    ],
+)
+def test_an_array_that_makes_no_shares_is_refused(
+    environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep.array_share(environment)
+
+
+def test_shares_are_every_job_once_and_much_the_same_work() -> None:
+    jobs = make_jobs(STUDIES["depth"], seeds=range(5))
+    for count in (1, 3, 10, 60):
+        shares = [sweep.share(jobs, i, count) for i in range(count)]
+        assert sorted(job.name for share in shares for job in share) == sorted(j.name for j in jobs)
+        assert all(share == [job for job in jobs if job in share] for share in shares)
+        burdens = [sum(map(sweep.work, share)) for share in shares]
+        assert max(burdens) - min(burdens) <= max(map(sweep.work, jobs))
+    jobs = make_jobs(STUDIES["depth"], ["A-20", "A-110", "A-32", "A-44"])
+    assert [[job.name for job in sweep.share(jobs, i, 2)] for i in range(2)] == [
+        ["A-110-s0"],
+        ["A-20-s0", "A-32-s0", "A-44-s0"],
+    ]
+
+
+def test_a_share_by_hand() -> None:
+    assert sweep.parse_share("2/8") == (2, 8)
+    for text in ("8/8", "2", "-1/8", "0/0", "2/8/1"):
+        with pytest.raises(ConfigError, match=rf"--share must be I/N .* got '{text}'"):
+            sweep.parse_share(text)
 
 
 def test_every_accelerator_has_one_run_at_a_time(tmp_path: Path) -> None:

@@ -5,14 +5,19 @@ runs/EXPERIMENT/NETWORK-sSEED; what is small of a finished one goes to OUT/NETWO
 table and the figures to OUT. The same command again skips what is finished and goes on with the
 rest. On a machine with several accelerators each has one run at a time.
 
+A task of a Slurm array (scripts/slurm_array.sh) does its share of the runs, and then draws what all
+tasks have finished; elsewhere --share=I/N says which share.
+
 With --steps the learning rate falls at the same fractions of the whole as in the full recipe. Any
 other setting can be overridden for all runs: `--config.train.batch_size=256`.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
 
+import filelock
 from absl import flags
 
 from flax_resnet import cli
@@ -30,6 +35,9 @@ STEPS = flags.DEFINE_integer("steps", None, "in the place of the recipe's")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "of tensorflow-datasets")
 OUT = cli.define_path("out", None, "default: results/EXPERIMENT, or results/EXPERIMENT-STEPS")
 NETWORKS = flags.DEFINE_list("networks", None, "such as A-20,plain-20; default: the experiment's")
+SHARE = flags.DEFINE_string(
+    "share", None, "I/N: one of N shares of the runs, from 0; default: a Slurm array's, or all"
+)
 WORKER = cli.define_path("worker", None, "for reproduce.py itself: the run to train")
 cli.define_overrides(
     "They hold for all runs, over what the experiment sets; the defaults are the paper's.",
@@ -55,12 +63,18 @@ def main(name: str) -> None:
     for job in jobs:
         for directory in (workdirs / job.name, out / job.name):
             workdir.check_same(directory, job.config, "--out")
-    failures = run(name, jobs, workdirs, out)
-    report(name, out)
+    mine = sweep.parse_share(SHARE.value) if SHARE.value else sweep.array_share(os.environ)
+    share = sweep.share(jobs, *mine)
+    if len(share) < len(jobs):
+        print(f"share {mine[0]}/{mine[1]}: {len(share)} of {len(jobs)} runs", file=sys.stderr)
+    failures = run(name, share, workdirs, out)
+    workdirs.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(workdirs.parent / ".report.lock"):  # the others of an array write it too
+        report(name, out)
     for job, reason in failures.items():
         print(f"failed: {job}: {reason}", file=sys.stderr)
     if failures:
-        print(f"{len(failures)} of {len(jobs)} runs failed; run it again", file=sys.stderr)
+        print(f"{len(failures)} of {len(share)} runs failed; run it again", file=sys.stderr)
         sys.exit(SOME_FAILED)
 
 

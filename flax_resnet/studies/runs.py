@@ -80,8 +80,12 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
 
 
 def copy_small_files(workdir: Path, target: Path) -> None:
-    """What of a run is to be committed: no checkpoints, no TensorBoard events."""
+    """What of a run is to be committed: no checkpoints, no TensorBoard events.
+
+    Each file appears whole: another process may be drawing what is finished.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in SMALL_FILES:
         if (workdir / name).exists():
-            shutil.copyfile(workdir / name, target / name)
+            shutil.copyfile(workdir / name, target / f"{name}.tmp")
+            (target / f"{name}.tmp").replace(target / name)

@@ -1,5 +1,7 @@
 """Many runs, a process each: one after another, or as many at a time as there are accelerators.
 
+Several machines, or the tasks of a Slurm array, can each take a share of them.
+
 A run's process trains what its work directory's config.json says, writes its log beside it, and
 stops when this process does, however this one ends: its standard input is a pipe from here.
 """
@@ -13,14 +15,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from flax_resnet.config import Experiment
+from flax_resnet.errors import ConfigError
 from flax_resnet.json_files import write_json
+from flax_resnet.parallel.launcher import number
 from flax_resnet.studies.recipes import Job
 from flax_resnet.training.metrics_log import read_metrics
 from flax_resnet.training.signals import stop_signal
@@ -62,6 +66,54 @@ def accelerators() -> list[Environment]:
         one = dict.fromkeys(("TPU_PROCESS_BOUNDS", "TPU_CHIPS_PER_PROCESS_BOUNDS"), "1,1,1")
         return [one | {"TPU_VISIBLE_CHIPS": str(i)} for i in range(count)]
     return [{}]
+
+
+def array_share(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which share of how many falls to this task of a Slurm array; (0, 1) outside of one.
+
+    Raises:
+        ConfigError: the array's variables do not tell.
+    """
+    task = number(environment, "SLURM_ARRAY_TASK_ID")
+    if task is None:
+        return 0, 1
+    count = number(environment, "SLURM_ARRAY_TASK_COUNT")
+    first = number(environment, "SLURM_ARRAY_TASK_MIN")
+    step = number(environment, "SLURM_ARRAY_TASK_STEP") or 1
+    if count is None or first is None:
+        raise ConfigError(
+            f"task {task} of a Slurm array that does not tell SLURM_ARRAY_TASK_COUNT and "
+            "SLURM_ARRAY_TASK_MIN; give --share=I/N"
+        )
+    index, rest = divmod(task - first, step)
+    if rest or not 0 <= index < count:
+        raise ConfigError(
+            f"a Slurm array must be a range, such as --array=0-{count - 1}, got task {task} of "
+            f"{count} from {first}; or give --share=I/N"
+        )
+    return index, count
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """`2/8`: the third of eight. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise ConfigError(f"--share must be I/N with I from 0 to N-1, such as 0/4, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def share(jobs: Sequence[Job], index: int, count: int) -> list[Job]:
+    """The jobs that fall to one of `count`, in their order.
+
+    Every job falls to exactly one. The longest are dealt out first, each to whoever has least.
+    """
+    burdens = [0] * count
+    owners: dict[str, int] = {}
+    for job in sorted(jobs, key=work, reverse=True):
+        owner = burdens.index(min(burdens))
+        burdens[owner] += work(job)
+        owners[job.name] = owner
+    return [job for job in jobs if owners[job.name] == index]
 
 
 def prepare(config: Experiment, workdir: Path) -> None:
