@@ -6,9 +6,9 @@ ours may be 1 ulp from float32(theirs) (measured: 1 ulp, 7.1e-8, after a drop; 0
 
 A cosine or a linear warm-up is no product of constants. PyTorch goes from each rate to the next, so
 its roundings add up (over 64,000 steps to 3.5e-14 of the peak, which is also how far it is from its
-own closed form); ours is within 1e-13 of the peak (measured over 8,000 steps: 4.1e-15). In float32
-within 1e-6 of the rate itself, down to the last and smallest (measured: 4.7e-7). The mildest mutant
-is 1.2e-4 of the peak away. A cosine as it is usually written, 1 + cos, is a fifth off at the last
+own closed form); ours is within 1e-13 of the peak (measured over 2,000 steps: 2.4e-15). In float32
+within 1e-6 of the rate itself, down to the last and smallest (measured: 4.6e-7). The mildest mutant
+is 5.6e-4 of the peak away. A cosine as it is usually written, 1 + cos, is 1.4e-2 off at the last
 step in float32.
 
 Weights and momentum, at each of 40 steps on the same gradients, differ only by the rounding of a
@@ -37,14 +37,14 @@ from torch_ref import optim as twin
 STEPS = 40
 CONFIG = OptimConfig(boundaries=(15, 25), warmup_steps=5)  # 0.01, 0.1, 0.01, 0.001
 PAPER = {"paper": OptimConfig(), "paper, ResNet-110": OptimConfig(warmup_steps=400)}
-LENGTH = 8000  # in steps, of the schedules that follow
+LENGTH = 2000  # in steps, of the schedules that follow
 COSINE = OptimConfig(schedule=Schedule.COSINE, final_lr=0.001, warmup_steps=400)
 CURVED = {
     "cosine": OptimConfig(schedule=Schedule.COSINE),
     "cosine to 0.001, constant warm-up": COSINE,
     "cosine, linear warm-up": dataclasses.replace(COSINE, warmup=Warmup.LINEAR, final_lr=0.0),
     "drops, linear warm-up": OptimConfig(
-        boundaries=(4000, 6000), warmup=Warmup.LINEAR, warmup_steps=400
+        boundaries=(1000, 1500), warmup=Warmup.LINEAR, warmup_steps=400
     ),
 }
 TOLERANCE = {DType.FLOAT64: 1e-13, DType.FLOAT32: 2e-6}
@@ -157,7 +157,7 @@ def test_a_boundary_off_by_one_fails(config: OptimConfig, rates: np.ndarray, lat
 
 
 @pytest.mark.parametrize("name", CURVED)
-def test_a_cosine_and_a_linear_warm_up_are_pytorchs_at_each_of_8000_steps(name: str) -> None:
+def test_a_cosine_and_a_linear_warm_up_are_pytorchs_at_each_of_2000_steps(name: str) -> None:
     config = CURVED[name]
     theirs = their_rates(config, LENGTH)
     ours = our_rates(config, LENGTH)
@@ -183,7 +183,7 @@ def test_another_cosine_fails(mutant: dict[str, Any]) -> None:
     changes = {name: value for name, value in mutant.items() if name != "steps"}
     right = our_rates(COSINE, LENGTH)
     wrong = our_rates(dataclasses.replace(COSINE, **changes), steps)[:LENGTH]
-    assert np.abs(wrong - right).max() > 1e-5 * COSINE.peak_lr
+    assert np.abs(wrong - right).max() > 1e-4 * COSINE.peak_lr
 
 
 def test_a_cosine_written_as_1_plus_cos_fails_in_float32() -> None:

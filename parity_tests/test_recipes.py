@@ -309,11 +309,8 @@ def one_device() -> TrainState:
     return run(1)[0]
 
 
-@pytest.mark.parametrize(
-    "parallel",
-    [Parallel.JIT, pytest.param(Parallel.PMAP, marks=pytest.mark.slow)],
-    ids=lambda parallel: parallel.value,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", Parallel, ids=lambda parallel: parallel.value)
 def test_eight_devices_compute_what_one_does_and_exchange_sums_alone(
     parallel: Parallel, one_device: TrainState
 ) -> None:
