@@ -128,7 +128,7 @@ def accumulated_gradient(
     """The gradient of the mean loss, BatchNorm's new statistics, and the metrics.
 
     Micro-batches go through the network one after another. Each is normalised by its own
-    statistics, and the running ones move a little at each, as in PyTorch's loop of `backward`s.
+    statistics, and the running ones move a little at each, as in PyTorch's loop of backward passes.
     """
 
     def gradient(batch_stats: Tree, batch: Batch) -> tuple[Tree, Tree, Metrics]:
