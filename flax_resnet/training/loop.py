@@ -151,7 +151,7 @@ def train(
             if step:
                 report.make_up(state, (before or config).train.evaluate_every)
             calls = run_steps(config, mesh, call, state, examples["train"], stop)
-            del state  # its memory is given to the first call
+            del state, restored  # whose memory is given to the first call
             for done in delayed(calls, jax.default_backend() != "cpu"):
                 stopped_by = report(done)
                 if stopped_by:

@@ -95,8 +95,8 @@ def claimed(workdir: Path, config: Experiment) -> Iterator[Experiment | None]:
         What has been trained there so far; None if nothing has.
 
     Raises:
-        CheckpointError: another process uses it. (A lock left by a killed one is none.)
-        CheckpointError: it holds a run that has lost what it would go on from.
+        CheckpointError: another process uses it (a lock left by a killed one is none), or its run
+            has lost what it would go on from.
         ConfigError: it holds a run that cannot go on so; the message shows what differs.
     """
     processes.check_same("config", config.to_dict())
@@ -147,7 +147,7 @@ def keep_config(workdir: Path, config: Experiment) -> None:
     if changes:
         log.info("%s: goes on with %s", workdir, ", ".join(changes))
     path = workdir / "config.json"
-    if not path.exists() or read_json(path) != config.to_dict():
+    if not has_begun(workdir) or read_json(path) != config.to_dict():
         write_json(path, config.to_dict())
 
 
