@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -44,3 +45,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if is_one_file or config.option.capture == "no" or config.option.trace:
         return 0
     return min(cores(), MOST_WORKERS)
+
+
+@pytest.fixture(autouse=True)
+def types_of_64_bits() -> Iterator[None]:
+    """On again after a test that called a command, which switches them off for float32."""
+    yield
+    jax.config.update("jax_enable_x64", True)

@@ -331,7 +331,7 @@ def test_every_config_file_says_its_own_command_and_is_valid() -> None:
         config.validate()
         assert f"--config configs/{path.name}" in path.read_text()
         assert Experiment.from_dict(config.to_dict()) == config
-        name = path.stem.removeprefix("tanjeffreyz_").removeprefix("resnet").removeprefix("plain")
+        name = re.sub("^(tanjeffreyz_)?(resnet|plain|kuangliu)", "", path.stem)
         assert name == "quickstart" or config.model.depth == int(name)
 
 

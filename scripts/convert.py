@@ -91,6 +91,8 @@ def read_torch(path: Path) -> tuple[Imported, StateDict]:
         stride=STRIDE.value,
         depth=DEPTH.value,
     )
+    if CHANNEL_PAD.present and imported.config.shortcut is not Shortcut.A:
+        raise ConfigError("--channel_pad would change nothing: only shortcut A pads channels")
     print(f"read: {path}, layout {imported.layout.value}, step {imported.step}")
     print(account.of_reading(imported, contents.ignored))
     return imported, contents.state_dict
