@@ -48,6 +48,12 @@ def test_every_setting_is_listed_once_with_its_default() -> None:
         assert parsed(path, default) == leaves(config)[path]
 
 
+def test_settings_that_a_script_does_not_take_are_not_listed() -> None:
+    page = help.about_settings(Experiment(), ["model.depth"])
+    assert [path for path, _, _ in LINE.findall(page)] == ["model.depth"]
+    assert "data:" not in page
+
+
 def test_every_allowed_value_of_a_choice_is_listed_and_accepted() -> None:
     for path, allowed, _ in LINE.findall(help.about_settings(Experiment(), leaves(Experiment()))):
         default = leaves(Experiment())[path]

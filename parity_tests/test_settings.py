@@ -87,6 +87,7 @@ def test_what_can_mean_one_thing_only_is_converted(path: str, value: object, hel
         ("optim.momentum", 10**400, "must be a finite number, got 1000"),
         ("optim.boundaries", (0.5, 1), "must be a list of integers, got (0.5, 1)"),
         ("optim.boundaries", "12", "must be a list of integers, got '12'"),
+        ("optim.boundaries", b"12", "must be a list of integers, got b'12'"),
         ("optim.boundaries", 3, "must be a list of integers, got 3"),
         ("data.flip", 0, "must be true or false, got 0"),
         ("data.flip", "false", "must be true or false, got 'false'"),
@@ -186,6 +187,7 @@ def test_every_type_that_a_setting_may_have() -> None:
         ("name", 1, "a text or None"),
         ("rate", float("inf"), "a finite number or None"),
         ("names", ("a", 1), "a list of texts"),
+        ("names", "ab", "a list of texts"),
         ("rates", (1, None), "a list of finite numbers or None"),
         ("shortcut", "D", "one of 'plain', 'A', 'B', 'C' or None"),
     ]:
