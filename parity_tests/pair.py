@@ -54,7 +54,7 @@ LARGE = {
     name: dataclasses.replace(config, num_classes=10, dtype=DType.FLOAT64)
     for name, config in LARGE.items()
 }
-QUICK_LARGE = ("18-B", "50-B", "50-B, stride on 3x3")
+QUICK_LARGE = ("50-B, stride on 3x3",)
 
 
 class Pair(NamedTuple):

@@ -36,7 +36,15 @@ def test_who_keeps_it(family: Any, shortcut: Shortcut) -> None:
 
 
 @pytest.mark.parametrize("layout", [Layout.TWIN, Layout.TORCHVISION, Layout.AKAMASTER])
-@pytest.mark.parametrize("name", ["18-A", "18-B", "50-B, stride on 3x3", "kuangliu-18"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("18-A", marks=pytest.mark.slow),
+        pytest.param("18-B", marks=pytest.mark.slow),
+        "50-B, stride on 3x3",
+        pytest.param("kuangliu-18", marks=pytest.mark.slow),
+    ],
+)
 def test_a_large_network_is_read_by_its_keys_and_what_it_is_told(name: str, layout: Layout) -> None:
     config = LARGE[name]
     architecture = config.architecture

@@ -49,6 +49,7 @@ def test_the_same_weights_differ_by_rounding_alone(weights: Path, tmp_path: Path
     assert "http" not in page  # it needs no other file
 
 
+@pytest.mark.slow
 def test_a_fault_is_found_at_its_block(weights: Path, tmp_path: Path) -> None:
     state = torch.load(weights, weights_only=True)
     state["stages.1.1.conv2.weight"][3, 2, 1, 0] *= 1.01

@@ -269,7 +269,11 @@ def largest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
 @pytest.mark.parametrize(
-    ("family", "shortcut"), [("paper", Shortcut.A), ("tanjeffreyz", Shortcut.B)]
+    ("family", "shortcut"),
+    [
+        pytest.param("paper", Shortcut.A, marks=pytest.mark.slow),
+        ("tanjeffreyz", Shortcut.B),
+    ],
 )
 def test_twenty_steps_here_and_twenty_there(family: str, shortcut: Shortcut) -> None:
     config = experiment(family, shortcut)

@@ -109,7 +109,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "remat", "sizes"),
     [
-        (Parallel.PMAP, True, (1, 1, 1)),
+        pytest.param(Parallel.PMAP, True, (1, 1, 1), marks=slow),
         pytest.param(Parallel.PMAP, False, (2, 1), marks=slow),
         pytest.param(Parallel.JIT, True, (2, 1), marks=slow),
     ],

@@ -153,6 +153,7 @@ def test_float64_weights_are_pytorchs_after_200_steps(
     np.testing.assert_allclose(our_loss, their_loss, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_float32_losses_stay_together_as_pytorchs_own_do(examples: Examples) -> None:
     config = experiment(Shortcut.A, DType.FLOAT32)
     state = init(config)[1]
