@@ -561,7 +561,10 @@ INCIDENTAL = (
 SCHEDULE = (
     "optim.boundaries",
     "optim.decay_factor",
+    "optim.final_lr",
     "optim.peak_lr",
+    "optim.schedule",
+    "optim.warmup",
     "optim.warmup_lr",
     "optim.warmup_steps",
     "train.steps",

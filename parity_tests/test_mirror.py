@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from flax_resnet.config import Experiment
-from flax_resnet.errors import CheckpointError, ConfigError, TrainingError
+from flax_resnet.errors import CheckpointError, ConfigError, TrainingError, UserError
 from flax_resnet.places import Url
 from flax_resnet.training import bucket, lease, mirror
 from flax_resnet.training.bucket import Bucket
 from flax_resnet.training.lease import Lease
 from flax_resnet.training.mirror import Mirror
+from flax_resnet.training.starting_weights import read_weights
 
 URL = Url("s3", "bucket/run")
 
@@ -521,6 +522,15 @@ def test_what_is_fetched(store: Store, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(CheckpointError, match=message):
             mirror.fetch(URL._replace(path=path))
+
+
+def test_a_run_may_begin_with_the_weights_of_one_there(store: Store) -> None:
+    for init, message in {
+        "s3://bucket/nothing": "s3://bucket/nothing is no work directory",
+        "s3:/bucket/run": "init must be s3://BUCKET/NAME, got s3:/bucket/run",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_weights(Experiment(init=init))
 
 
 def test_a_reader_follows_a_run_that_goes_on(

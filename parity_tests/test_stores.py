@@ -6,6 +6,7 @@ of them, or a run, is gone is in test_survival.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from faults.fault import Unavailable
-from faults.run import ROOT, Run, environment, numbers, uninterrupted
+from faults.run import ROOT, STEPS, Run, environment, newest, numbers, uninterrupted
 from faults.store import SCHEMES, Store, free_port
 from flax_resnet.errors import CheckpointError
 from flax_resnet.places import Url
@@ -120,6 +121,17 @@ def test_a_finished_run_is_filled_in_and_does_nothing(url: Url, at: Path, tmp_pa
     assert run.said("filled from")
     assert run.said("nothing to do")
     assert numbers(tmp_path / "new") == numbers(uninterrupted(at))
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_run_that_is_told_to_stop_uploads_first(store: Store, at: Path, tmp_path: Path) -> None:
+    run = Run(at, tmp_path / "run", {"train.checkpoint_every": 1000}, url=store.url("stopped"))
+    assert run.until_logged(4), run
+    assert run.send(signal.SIGTERM) == 128 + signal.SIGTERM, run
+    step = newest(run.workdir)
+    assert 4 <= step < STEPS
+    assert run.said(f"{store.url('stopped')}: step {step} is there")
+    assert newest(mirror.fetch(store.url("stopped"))) == step
 
 
 @pytest.mark.parametrize("store", ["gs"], indirect=True)

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flax_resnet import places
-from flax_resnet.config import INCIDENTAL
+from flax_resnet.config import INCIDENTAL, SCHEDULE
 from flax_resnet.errors import CheckpointError, UserError
 from flax_resnet.parallel import processes
 from flax_resnet.places import Url
@@ -26,7 +25,7 @@ from flax_resnet.training import bucket
 from flax_resnet.training.bucket import Bucket, Files, sha256, steps_of
 from flax_resnet.training.checkpoint import one_line
 from flax_resnet.training.lease import Lease, patience
-from flax_resnet.training.signals import stop_signal
+from flax_resnet.training.signals import Stopped, stop_signal
 from flax_resnet.training.workdir import difference, read_config
 from flax_resnet.weights import files as weights
 
@@ -75,8 +74,8 @@ def mirrored(place: Path | Url, local: Path | None = None) -> Iterator[Path]:
         raise
     with stop_signal() as stop:
         processes.on_first(mirror.end)
-    if stop.number:
-        sys.exit(128 + stop.number)
+        if stop.number:
+            raise Stopped(stop.number, "after its last upload")
 
 
 def local_copy(url: Url) -> Path:
@@ -144,7 +143,7 @@ class Mirror:
         told = [
             f"{name}: {a} there, {b} here"
             for name, (a, b) in changes.items()
-            if name not in (*INCIDENTAL, "train.steps")
+            if name not in (*INCIDENTAL, *SCHEDULE)
         ]
         if told:
             raise CheckpointError(

@@ -16,8 +16,10 @@ from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.nn.scan import Tree, stack
 from flax_resnet.parallel.processes import from_first, on_first
 from flax_resnet.parallel.sharding import put
+from flax_resnet.places import place
 from flax_resnet.resnet import split
 from flax_resnet.step import TrainState
+from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import locate, open_run, read_data_facts
 from flax_resnet.weights import files, pretrained
 from flax_resnet.weights.infer import USUAL_PREPROCESS
@@ -66,7 +68,7 @@ def with_weights_of(config: Experiment, state: TrainState) -> TrainState:
 def read_weights(config: Experiment) -> Weights:
     """What `config.init` names, if it fits `config`. Raises as `with_weights_of` does."""
     name = config.init or ""
-    path = Path(name).expanduser()
+    path = fetch(place(name, "init"))
     with jax.enable_x64(True):  # they may be float64
         if locate(path)[0].is_dir():
             return of_run(path, config)
