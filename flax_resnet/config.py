@@ -488,6 +488,7 @@ class Experiment(Settings):
     init: str | None = None  # whose weights to begin with: a run, a file, or a name; None: new ones
     parallel: Parallel = Parallel.JIT
     batch_norm: Statistics = Statistics.GLOBAL
+    wandb: str | None = None  # project of Weights & Biases that the log is sent to as well
 
     def validate(self) -> None:
         """Raises ConfigError at the first setting that breaks a rule."""
@@ -500,6 +501,7 @@ class Experiment(Settings):
         self.optim.validate(self.train.steps)
         require(0 <= self.seed < 2**63, "seed", "0 to 2^63 - 1", self.seed)
         require(self.init != "", "init", "a work directory, a file or a name", self.init)
+        require(self.wandb != "", "wandb", "a project's name, or none", self.wandb)
 
     def idle(self) -> dict[str, str]:
         """By path, the settings that change nothing beside the others, and why."""
@@ -554,6 +556,7 @@ INCIDENTAL = (
     "train.evaluate_every",
     "train.log_every",
     "train.steps_per_call",
+    "wandb",
 )
 
 # Settings that decide the learning rate of each step, and how many there are: a run may go on with

@@ -19,9 +19,10 @@ from flax_resnet.data import source
 from flax_resnet.errors import CheckpointError, ConfigError, DatasetError
 from flax_resnet.json_files import read_json, write_json
 from flax_resnet.studies import responses
-from flax_resnet.training import loop, workdir
+from flax_resnet.training import loop, wandb_log, workdir
 from flax_resnet.training.loop import fit
 from flax_resnet.training.metrics_log import read_lines, read_metrics
+from flax_resnet.training.wandb_log import Follower
 from flax_resnet.training.workdir import OpenedRun, open_run
 
 STEPS = 6
@@ -71,9 +72,12 @@ def bits(run: OpenedRun) -> list[bytes]:
 
 
 def test_a_run_goes_on_with_other_incidental_settings(
-    finished: Path, half: Path, caplog: pytest.LogCaptureFixture
+    finished: Path, half: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(wandb_log, "check", lambda project: None)
+    monkeypatch.setattr(Follower, "start", lambda self, workdir: None)
     config = experiment()
+    config.wandb = "project"
     config.data.dir = "/elsewhere"
     config.model.scan_blocks = config.model.remat = True
     settings = config.train

@@ -26,6 +26,7 @@ from flax_resnet.parallel import sharding
 from flax_resnet.parallel.processes import Agreement, is_first, on_first
 from flax_resnet.resnet import param_dtype
 from flax_resnet.step import Metrics, Program, TrainState, init, train_step
+from flax_resnet.training import wandb_log
 from flax_resnet.training.checkpoint import Checkpoints
 from flax_resnet.training.curves import plot_curves
 from flax_resnet.training.evaluation import Evaluation
@@ -66,6 +67,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
     config.validate()
     source.check_classes(config.data, config.model.num_classes)
     workdir = places.local_path(workdir, "workdir")
+    wandb_log.check(config.wandb)
     keep_memory()
     mesh = sharding.data_mesh()
     check_batch_size(config.train, mesh)
@@ -143,7 +145,10 @@ def train(
         on_first(lambda: begin(workdir, config, facts))
         if is_given:  # so that they are needed no more
             checkpoints.save(state, None)
-        with log_class(workdir, step) as metrics_log, progress_bar(config, step) as bar:
+        with (
+            log_class(workdir, step, config.wandb) as metrics_log,
+            progress_bar(config, step) as bar,
+        ):
             report = Reporter(config, examples, evaluate, metrics_log, bar, checkpoints, stop, step)
             call = compile_steps(config, program, facts.normalization, mesh)
             if step < config.train.steps:

@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: metrics.jsonl, TensorBoard events and curves.png.
+"""What a run leaves for people to read: metrics.jsonl, TensorBoard events, and whoever follows.
 
 tensorboardX (which brings torch along where there is one) and matplotlib take seconds to import, so
 they are imported where they are used.
@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from flax_resnet.training.wandb_log import Follower
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +26,10 @@ class MetricsLog:
     Args:
         workdir: where both are.
         step: of the state that training goes on from; what was logged after it is dropped.
+        wandb: the project of Weights & Biases to which the rows are sent as well.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, wandb: str | None = None):
         path = workdir / "metrics.jsonl"
         lines = read_lines(path)
         if damaged := lines.count(None):
@@ -41,6 +44,7 @@ class MetricsLog:
         temporary.replace(path)
         self.file = path.open("a", buffering=1)  # line by line, so that a kill loses none
         self.events = EventsFile(workdir / "tensorboard", step + 1)
+        self.follower = None if wandb is None else Follower(workdir, wandb)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -48,6 +52,8 @@ class MetricsLog:
     def __exit__(self, *exc: object) -> None:
         self.file.close()
         self.events.close()
+        if self.follower is not None:
+            self.follower.close()
 
     def append(self, row: Row) -> None:
         """Writes one row. It has step and split; its other numbers become TensorBoard scalars."""
@@ -55,12 +61,14 @@ class MetricsLog:
         self.file.write(json.dumps(row) + "\n")
         numbers = {name: value for name, value in row.items() if name not in ("step", "split")}
         self.events.append(row["step"], {f"{row['split']}/{k}": v for k, v in numbers.items()})
+        if self.follower is not None:
+            self.follower.check()
 
 
 class SilentLog(MetricsLog):
     """What the processes that are not the first have in its place: it writes nothing."""
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, wandb: str | None = None):
         self.rows = []
 
     def __exit__(self, *exc: object) -> None:
