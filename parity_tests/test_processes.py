@@ -8,6 +8,7 @@ parameters to 1e-12 of each tensor's largest value, as in test_parallel.
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
