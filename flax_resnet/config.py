@@ -13,7 +13,7 @@ from typing import Any
 
 from flax_resnet import places
 from flax_resnet.errors import ConfigError
-from flax_resnet.settings import Settings, from_mapping, require
+from flax_resnet.settings import Settings, from_mapping, require, types_of
 
 
 class Shortcut(enum.Enum):
@@ -161,6 +161,7 @@ LAST_STEP = 2**31 - 1  # steps, errors and images are counted in int32
 MOST_IMAGES = 2**24  # of a batch: float32, which divides the loss, has all integers to here
 MOST_SUMMANDS = 2**16  # of a sum in float32: 2^18 equal ones are 0.2 % off, as many 0.01 %
 LEAST_NUMBER, MOST_NUMBER = 2.0**-126, 2.0**127  # float32 has smaller ones, which XLA makes zero
+ROUNDED_TO_1 = 1 - 2**-25  # by float32
 
 
 @dataclass(frozen=True)
@@ -354,6 +355,7 @@ class ResNetConfig(Settings, group="model"):
             is_known = self.depth in TABLE_1
         require(is_known, "model.depth", depths, self.depth)
         require(self.depth <= 10_000, "model.depth", "at most 10000", self.depth)
+        require_float32(self)
         epsilon, momentum = self.batch_norm_epsilon, self.batch_norm_momentum
         require(epsilon > 0, "model.batch_norm_epsilon", "above 0", epsilon)
         require(0 < momentum <= 1, "model.batch_norm_momentum", "above 0, at most 1", momentum)
@@ -381,6 +383,7 @@ class DataConfig(Settings, group="data"):
 
     def validate(self) -> None:
         """Raises ConfigError for numbers out of range, and a `dir` that is not on this machine."""
+        require_float32(self)
         require(self.dir != "", "data.dir", "a directory, or none for the default", self.dir)
         if self.dir is not None:
             places.local_path(self.dir, "data.dir")
@@ -411,15 +414,12 @@ class OptimConfig(Settings, group="optim"):
         Args:
             steps: of the whole run, if they are known.
         """
-        for name in ("peak_lr", "warmup_lr", "final_lr", "decay_factor", "weight_decay"):
-            value = getattr(self, name)
-            is_number = not value or LEAST_NUMBER <= abs(value) <= MOST_NUMBER
-            require(is_number, f"optim.{name}", "0 or a number that float32 has", value)
+        require_float32(self)
         require(self.peak_lr > 0, "optim.peak_lr", "above 0", self.peak_lr)
         require(self.warmup_lr > 0, "optim.warmup_lr", "above 0", self.warmup_lr)
         require(self.decay_factor > 0, "optim.decay_factor", "above 0", self.decay_factor)
         require(0 <= self.momentum < 1, "optim.momentum", "in [0, 1)", self.momentum)
-        is_below = self.momentum < 1 - 2**-25  # which float32 rounds to 1
+        is_below = self.momentum < ROUNDED_TO_1
         require(is_below, "optim.momentum", "below 1 in float32, too", self.momentum)
         require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
@@ -458,8 +458,11 @@ class TrainConfig(Settings, group="train"):
 
     def validate(self) -> None:
         """Raises ConfigError for numbers out of range, or too large to count, and unequal parts."""
+        require_float32(self)
         smoothing, rule = self.label_smoothing, "in [0, 1)"
         require(0 <= smoothing < 1, "train.label_smoothing", rule, smoothing)
+        rule = "below 1 in float32, too"
+        require(smoothing < ROUNDED_TO_1, "train.label_smoothing", rule, smoothing)
         for name, value in dataclasses.asdict(self).items():
             if value is not None and name != "label_smoothing":
                 require(value >= 1, f"train.{name}", "at least 1", value)
@@ -575,6 +578,16 @@ SCHEDULE = (
 
 # Version 0.1 named a preprocessing by who does it so.
 PREPROCESS_0_1 = {"paper": "mean_image", "reference": "own_mean", "akamaster": "imagenet"}
+
+
+def require_float32(settings: Settings) -> None:
+    """Raises ConfigError if float32 would make a number of these settings another one."""
+    for name in types_of(type(settings)):
+        value = getattr(settings, name)
+        if isinstance(value, float):
+            is_number = not value or LEAST_NUMBER <= abs(value) <= MOST_NUMBER
+            rule = "0 or a number that float32 has"
+            require(is_number, settings.prefix + name, rule, value)
 
 
 def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
