@@ -22,6 +22,7 @@ import pytest
 from flax_resnet.config import Experiment
 from flax_resnet.errors import ConfigError
 from flax_resnet.training import wandb_log
+from flax_resnet.training.bucket import is_mirrored
 from flax_resnet.training.metrics_log import MetricsLog
 from flax_resnet.training.wandb_log import Follower
 
@@ -47,6 +48,7 @@ def test_a_run_keeps_its_name_there(tmp_path: Path) -> None:
         names.append(json.loads(path.read_text())["id"])
     assert names[0] == names[1]
     assert len(set(names)) == 3
+    assert is_mirrored(path.name)  # so that it keeps it on another machine, from a bucket
 
 
 def put_in_place(monkeypatch: pytest.MonkeyPatch, program: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from flax_resnet.errors import CheckpointError, ConfigError
 from flax_resnet.places import Url
+from flax_resnet.training import wandb_log
 from flax_resnet.training.workdir import OF_THE_END
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 Files = dict[str, str]  # SHA-256 by name; empty where nobody has told it
 
 MANIFEST = "mirror.json"
-FILES = ("config.json", "data.json", "metrics.jsonl", *OF_THE_END)
+FILES = ("config.json", "data.json", "metrics.jsonl", wandb_log.STATE, *OF_THE_END)
 EVENTS = re.compile(r"tensorboard/[^/]+")
 CHECKPOINT = re.compile(r"checkpoints/(\d+)(/[^/]+)+")
 DRIVERS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # package, our extra
