@@ -2,6 +2,7 @@
 bit, with their running statistics, and with nothing else of theirs. What does not fit is refused.
 """
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator
@@ -14,23 +15,27 @@ import numpy as np
 import pytest
 
 from flax_resnet.config import (
+    Architecture,
     ChannelPad,
     Dataset,
     DType,
     Experiment,
     Preprocess,
+    Projection,
     ResNetConfig,
     Shortcut,
+    Stages,
     Stem,
+    Stride,
 )
 from flax_resnet.data import pixels
-from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.errors import CheckpointError, ConfigError, WeightsError
 from flax_resnet.json_files import write_json
 from flax_resnet.nn.scan import unstack
 from flax_resnet.step import TrainState, init
 from flax_resnet.training.checkpoint import Checkpoints
 from flax_resnet.training.loop import fit
-from flax_resnet.training.starting_weights import check_architecture, with_weights_of
+from flax_resnet.training.starting_weights import check_architecture, settings, with_weights_of
 from flax_resnet.training.workdir import DataFacts, open_run
 from flax_resnet.weights import files, pretrained
 from flax_resnet.weights.layouts import Layout
@@ -83,7 +88,7 @@ def check_weights(state: TrainState, theirs: TrainState) -> None:
     """All of theirs is there but the step, the momentum and the sums for the log."""
     for a, b in zip(jax.tree.leaves(state[1:3]), jax.tree.leaves(theirs[1:3]), strict=True):
         assert np.array_equal(a, b)
-        assert a.dtype == np.float32
+        assert a.dtype == b.dtype
     assert int(state.step) == 0
     assert not any(np.any(x) for x in jax.tree.leaves(state[3:]))
 
@@ -97,8 +102,8 @@ def test_they_are_those_of_a_run_or_of_one_of_its_checkpoints(tmp_path: Path) ->
     check_weights(begun(experiment(home)), last)
 
 
-def write_file(path: Path, state: TrainState, layout: Layout = Layout.TWIN) -> Path:
-    architecture = experiment().model.architecture
+def write_file(path: Path, state: TrainState, layout: Layout = Layout.TWIN, **model: Any) -> Path:
+    architecture = experiment(**model).model.architecture
     arrays = to_state_dict(architecture, state.params, state.batch_stats, step=5, layout=layout)
     files.write(path, arrays, layout)
     return path
@@ -126,6 +131,19 @@ def test_they_are_those_of_a_pytorch_file(
     assert any("does not tell data.preprocess" in line for line in told) != is_usual
 
 
+def test_what_a_files_keys_do_not_tell_is_as_the_run_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The keys of a plain network are those of shortcut A, whatever is added to variances."""
+    plain = {"shortcut": Shortcut.PLAIN, "batch_norm_epsilon": 1e-3}
+    theirs = trained(experiment(**plain), 5)
+    path = write_file(tmp_path / "x.safetensors", theirs, **plain)
+    check_weights(begun(experiment(path, **plain)), theirs)
+    assert f"{path} does not tell its shortcut: taken to be this run's, plain" in caplog.text
+    assert f"{path} does not tell its batch_norm_epsilon: taken to be this run's, 0" in caplog.text
+
+
+@pytest.mark.slow
 def test_they_are_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, path = trained(experiment(), 5), tmp_path / "net.safetensors"
     arrays = theirs.params, theirs.batch_stats
@@ -138,12 +156,15 @@ def test_they_are_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         begun(experiment("net"))
 
 
-def test_float64_is_rounded_to_the_runs_type(tmp_path: Path) -> None:
-    config = experiment(dtype=DType.FLOAT64)
+@pytest.mark.slow
+def test_they_take_the_runs_type(tmp_path: Path, run: Path) -> None:
+    double = {"dtype": DType.FLOAT64}
     with jax.enable_x64(True):
-        theirs = write_run(tmp_path / "run", config)
-    rounded = jax.tree.map(lambda x: x.astype(np.float32), theirs)
+        theirs = write_run(tmp_path / "run", experiment(**double))
+        widened = jax.tree.map(lambda x: x.astype(np.float64), trained(experiment(), 5))
+        check_weights(begun(experiment(run, **double)), widened)
     assert theirs.params["fc"]["bias"].dtype == np.float64
+    rounded = jax.tree.map(lambda x: x.astype(np.float32), theirs)
     check_weights(begun(experiment(tmp_path / "run")), rounded)
 
 
@@ -171,6 +192,8 @@ def test_a_run_that_scans_its_blocks_has_the_same(tmp_path: Path) -> None:
         ({"stem": Stem.CONV}, "model.stem: conv_bn_relu there, conv here"),
         ({"num_classes": 7, "depth": 20}, "model.depth: 8 there, 20 here, model.num_classes: 10 "),
         ({"channel_pad": ChannelPad.CENTRE}, "model.channel_pad: end there, centre here"),
+        ({"batch_norm_epsilon": 1e-3}, "model.batch_norm_epsilon: 1e-05 there, 0.001 here"),
+        ({"stages": Stages.IMAGENET, "depth": 18}, "model.depth: 8 there, 18 here, model.stages: "),
     ],
 )
 def test_another_network_is_refused_by_the_settings_that_differ(
@@ -206,16 +229,33 @@ def test_so_is_a_pytorch_file_of_another(
         begun(experiment(path, **model))
 
 
+def test_no_setting_of_an_architecture_is_left_out() -> None:
+    """One by one, in a network that has them all; its blocks are its depth and its stages."""
+    names = {field.name for field in dataclasses.fields(Architecture)}
+    bottlenecks = ResNetConfig.imagenet(50).architecture
+    padded = dataclasses.replace(bottlenecks, shortcut=Shortcut.A)
+    compared = settings(bottlenecks).keys() | settings(padded).keys()
+    assert compared == {f"model.{name}" for name in names - {"block", "widths", "blocks"}} | {
+        "model.depth",
+        "model.stages",
+    }
+    theirs = dataclasses.replace(bottlenecks, stride=Stride.CONV3X3)
+    with pytest.raises(ConfigError, match=r"model\.stride: conv3x3 there, conv1x1 here"):
+        check_architecture("resnet50.pt", theirs, bottlenecks)
+
+
 def test_so_is_a_run_of_another(run: Path) -> None:
     with pytest.raises(ConfigError, match=f"init: {run}, step 5 holds another network"):
         begun(experiment(run, depth=14))
 
 
-def test_what_a_network_does_not_have_cannot_differ(tmp_path: Path) -> None:
-    """Shortcut B pads nothing."""
-    theirs = write_run(tmp_path / "run", experiment(shortcut=Shortcut.B))
-    ours = experiment(tmp_path / "run", shortcut=Shortcut.B, channel_pad=ChannelPad.CENTRE)
-    check_weights(begun(ours), theirs)
+def test_what_a_network_does_not_have_cannot_differ() -> None:
+    """Shortcut B pads nothing, A projects nothing, and basic blocks are no bottlenecks."""
+    idle = {"channel_pad": ChannelPad.CENTRE, "stride": Stride.CONV3X3}
+    for model in ({"shortcut": Shortcut.B} | idle, {"projection": Projection.CONV_BIAS}):
+        ours = experiment(**model).model.architecture
+        theirs = experiment(shortcut=ours.shortcut).model.architecture
+        check_architecture("runs/a", theirs, ours)
 
 
 def test_another_preprocessing_is_refused_where_it_is_known_and_told_where_it_is_assumed(
@@ -246,6 +286,11 @@ def test_another_preprocessing_is_refused_where_it_is_known_and_told_where_it_is
 def test_what_is_not_there_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         begun(experiment(name))
+
+
+def test_a_checkpoint_that_a_run_has_not_is_refused(run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 4; .* 3, 5"):
+        begun(experiment(run / "checkpoints" / "4"))
 
 
 # --- A whole run ----------------------------------------------------------------------------------

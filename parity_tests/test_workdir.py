@@ -14,14 +14,16 @@ import jax
 import numpy as np
 import pytest
 
-from flax_resnet.config import INCIDENTAL, Dataset, Experiment
+from flax_resnet.config import INCIDENTAL, Dataset, Experiment, Preprocess, Schedule
 from flax_resnet.data import source
+from flax_resnet.data.pixels import make_normalization
 from flax_resnet.errors import CheckpointError, ConfigError, DatasetError
 from flax_resnet.json_files import read_json, write_json
 from flax_resnet.studies import responses
 from flax_resnet.training import loop, wandb_log, workdir
 from flax_resnet.training.loop import fit
 from flax_resnet.training.metrics_log import read_lines, read_metrics
+from flax_resnet.training.reporter import Clock
 from flax_resnet.training.wandb_log import Follower
 from flax_resnet.training.workdir import OpenedRun, open_run
 
@@ -245,6 +247,7 @@ def test_the_future_may_change(fake: Path, settings: dict[str, object]) -> None:
         ({"optim.peak_lr": 0.2}, "optim.peak_lr: 0.1 there, 0.2 here; the learning rate of step 0"),
         ({"optim.boundaries": (5,)}, "the learning rate of step 4, which is done"),
         ({"optim.boundaries": (3, 9)}, "the learning rate of step 3, which is done"),
+        ({"optim.boundaries": (4, 5)}, "the learning rate of step 5, which is done"),  # the last
         ({"optim.decay_factor": 0.5, "train.steps": 9}, "the learning rate of step 4"),
         ({"optim.warmup_steps": 2}, "the learning rate of step 0, which is done"),
         ({"optim.momentum": 0.5, "train.steps": 9}, "optim.momentum: 0.9 there, 0.5 here"),
@@ -259,6 +262,13 @@ def test_the_past_may_not_and_other_weights_are_offered(
     assert str(error.value).startswith(f"{fake} holds another run (")
     assert remark in str(error.value)
     assert f"--config.init={fake} begins anew from its weights" in str(error.value)
+
+
+def test_a_rate_that_falls_towards_the_end_falls_otherwise_towards_a_later_one(fake: Path) -> None:
+    cosine: dict[str, object] = {"optim.schedule": Schedule.COSINE, "optim.boundaries": ()}
+    write_json(fake / "config.json", experiment(**cosine).to_dict())
+    with pytest.raises(ConfigError, match="the learning rate of step 1, which is done"):
+        workdir.check_same(fake, experiment(**cosine, **{"train.steps": 7}), "--workdir")
 
 
 @pytest.mark.parametrize("settings", [{"optim.decay_factor": 0.5}, {"optim.warmup_lr": 0.5}])
@@ -344,6 +354,13 @@ def test_a_damaged_line_of_the_log_costs_no_other(line: str, is_good: bool, tmp_
     assert len(list(read_metrics(path))) == 2 + is_good
 
 
+def test_time_that_nobody_has_kept_is_not_told() -> None:
+    before = {"seconds": 1000.0}
+    assert "seconds" not in Clock([ROW], step=2).lap()
+    assert Clock([ROW, ROW | before], step=2).lap()["seconds"] >= 1000
+    assert 0 <= Clock([], step=0).lap()["seconds"] < 1000
+
+
 def test_checkpoints_without_a_config_are_nobodys(fake: Path) -> None:
     (fake / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds a run, but no config\.json that says"):
@@ -366,14 +383,15 @@ def test_a_start_that_failed_for_want_of_data_leaves_the_directory_free(
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("left", ["config.json", "data.json", "checkpoints", "metrics.jsonl"])
+@pytest.mark.parametrize("left", ["config.json", "data.json", "metrics.jsonl"])
 def test_what_a_start_left_that_made_no_step_binds_nobody(fake: Path, left: str) -> None:
     """As where it ran out of memory, or was killed while it compiled."""
     (fake / "checkpoints" / str(STEPS)).rmdir()
-    if left.endswith("s"):
-        (fake / left).mkdir(exist_ok=True)
-    elif left != "config.json":
+    if left == "metrics.jsonl":
         (fake / left).write_text("")
+    if left == "data.json":
+        facts = workdir.DataFacts({"train": 1}, make_normalization(Preprocess.IMAGENET))
+        write_json(fake / left, facts.to_dict())
     assert workdir.check_same(fake, experiment(seed=1), "--workdir") == []
     assert workdir.known_data_facts(fake) is None
     (fake / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")

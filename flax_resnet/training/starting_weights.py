@@ -4,6 +4,8 @@ They are read once: the run's first checkpoint, of step 0, holds them.
 """
 
 import contextlib
+import dataclasses
+import enum
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_resnet.config import Architecture, Experiment, Preprocess, Shortcut
+from flax_resnet.config import Architecture, Experiment, Preprocess, ResNetConfig, Shortcut
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.nn.scan import Tree, stack
 from flax_resnet.parallel.processes import from_first, on_first
@@ -22,10 +24,12 @@ from flax_resnet.step import TrainState
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import locate, open_run, read_data_facts
 from flax_resnet.weights import files, pretrained
-from flax_resnet.weights.infer import USUAL_PREPROCESS
+from flax_resnet.weights.infer import usual_preprocess
 from flax_resnet.weights.state_dict import from_state_dict
 
 log = logging.getLogger(__name__)
+
+UNTOLD = ("shortcut", "channel_pad", "stride")  # what the keys of a PyTorch file may not tell
 
 
 class Weights(NamedTuple):
@@ -121,14 +125,19 @@ def of_torch(path: Path, config: Experiment) -> Weights:
             state_dict,
             shortcut=ours.shortcut,
             channel_pad=ours.channel_pad,
+            stride=ours.stride,
             projection=ours.projection,
         )
-    check_architecture(f"{path}", imported.config.architecture, ours.architecture)
-    for name in ("shortcut", "channel_pad"):
-        if any(assumption.startswith(name) for assumption in by_keys.assumed):
-            value = getattr(ours, name).value
-            log.warning("%s does not tell its %s: taken to be this run's, %s", path, name, value)
-    usual = USUAL_PREPROCESS[imported.layout]
+    theirs = imported.config.architecture
+    untold = [name for name in UNTOLD if any(each.startswith(name) for each in by_keys.assumed)]
+    if theirs.batch_norm_epsilon != ours.batch_norm_epsilon:
+        theirs = dataclasses.replace(theirs, batch_norm_epsilon=ours.batch_norm_epsilon)
+        untold.append("batch_norm_epsilon")
+    check_architecture(f"{path}", theirs, ours.architecture)
+    for name in untold:
+        value = as_given(getattr(ours, name))
+        log.warning("%s does not tell its %s: taken to be this run's, %s", path, name, value)
+    usual = usual_preprocess(theirs, imported.layout)
     check_preprocess(f"{path}", usual, config, is_certain=False)
     return Weights(imported.params, imported.batch_stats, f"{path}, layout {imported.layout.value}")
 
@@ -147,19 +156,25 @@ def check_architecture(source: str, theirs: Architecture, ours: Architecture) ->
 
 
 def settings(architecture: Architecture) -> dict[str, Any]:
-    """An architecture by the settings that make it, those left out that its shortcut lacks."""
-    found: dict[str, Any] = {
-        "model.depth": 2 + 2 * sum(architecture.blocks),
-        "model.shortcut": architecture.shortcut.value,
-        "model.stem": architecture.stem.value,
-        "model.conv_bias": architecture.conv_bias,
-        "model.num_classes": architecture.num_classes,
-    }
-    if architecture.shortcut is Shortcut.A:
-        found["model.channel_pad"] = architecture.channel_pad.value
-    if architecture.shortcut in (Shortcut.B, Shortcut.C):
-        found["model.projection"] = architecture.projection.value
-    return found
+    """An architecture by the settings that make it, but for those that its network lacks."""
+    config = ResNetConfig.of(architecture)
+    found: dict[str, Any] = {"depth": config.depth, "stages": config.stages}
+    # Every field, so that none that is new is forgotten; depth and stages stand for three.
+    for field in dataclasses.fields(Architecture):
+        if field.name not in ("block", "widths", "blocks"):
+            found[field.name] = getattr(architecture, field.name)
+    if architecture.stride is None:
+        del found["stride"]
+    if architecture.shortcut is not Shortcut.A:
+        del found["channel_pad"]
+    if architecture.shortcut not in (Shortcut.B, Shortcut.C):
+        del found["projection"]
+    return {f"model.{name}": as_given(value) for name, value in found.items()}
+
+
+def as_given(value: Any) -> Any:
+    """A setting as a flag gives it."""
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def check_preprocess(
