@@ -9,11 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
+from flax_resnet.config import Dataset, Experiment, ResNetConfig
+from flax_resnet.training.loop import fit
+from flax_resnet.training.reporter import Reporter
 from flax_resnet.training.signals import SIGNALS, Stopped, stop_signal
 
 ROOT = Path(__file__).parent.parent
@@ -155,3 +159,32 @@ def test_a_notebook_is_not_ended_with_the_run() -> None:
     run = in_foreign_code(2_000_000, "notebook")
     assert run.returncode == 128 + signal.SIGUSR1, run.stderr
     assert run.stdout == "cleaned up\n"
+
+
+@pytest.mark.slow
+def test_what_takes_long_to_compile_is_compiled_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later there is a step to save, and no signal is heard in the compiler."""
+    compiled: list[str] = []
+    monkeypatch.setattr(Reporter, "__call__", reporting(compiled, Reporter.__call__))
+    listener = jax.monitoring.register_event_duration_secs_listener
+    listener(lambda event, seconds, **facts: compiled.append(str(facts.get("fun_name"))))
+    config = Experiment(ResNetConfig(8))
+    config.data.name, config.data.validation = Dataset.DIGITS, 100
+    train = config.train
+    train.steps, train.batch_size, train.eval_batch_size, train.steps_per_call = 7, 16, 90, 3
+    train.log_every, train.evaluate_every, train.checkpoint_every = 2, 3, 5
+    fit(config, tmp_path / "run")
+    first = compiled.index("a call is done")
+    large = {"steps", "step", "<lambda>"}  # of the training, the evaluation and the copy
+    assert large <= {name.removeprefix("jit(").removesuffix(")") for name in compiled[:first]}
+    assert not large & {name.removeprefix("jit(").removesuffix(")") for name in compiled[first:]}
+
+
+def reporting(told: list[str], report: Callable[..., int]) -> Callable[..., int]:
+    def tell(*arguments: object) -> int:
+        told.append("a call is done")
+        return report(*arguments)
+
+    return tell
