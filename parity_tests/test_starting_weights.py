@@ -144,6 +144,15 @@ def test_what_a_files_keys_do_not_tell_is_as_the_run_has_it(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stride", Stride)
+def test_so_is_the_stride_of_bottlenecks(stride: Stride, tmp_path: Path) -> None:
+    large: dict[str, Any] = {"depth": 50, "stages": Stages.IMAGENET, "shortcut": Shortcut.B}
+    theirs = trained(experiment(**large, stride=stride), 5)
+    path = write_file(tmp_path / "x.safetensors", theirs, **large, stride=stride)
+    check_weights(begun(experiment(path, **large, stride=stride)), theirs)
+
+
+@pytest.mark.slow
 def test_they_are_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, path = trained(experiment(), 5), tmp_path / "net.safetensors"
     arrays = theirs.params, theirs.batch_stats

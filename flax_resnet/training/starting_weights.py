@@ -163,8 +163,6 @@ def settings(architecture: Architecture) -> dict[str, Any]:
     for field in dataclasses.fields(Architecture):
         if field.name not in ("block", "widths", "blocks"):
             found[field.name] = getattr(architecture, field.name)
-    if architecture.stride is None:
-        del found["stride"]
     if architecture.shortcut is not Shortcut.A:
         del found["channel_pad"]
     if architecture.shortcut not in (Shortcut.B, Shortcut.C):
