@@ -19,7 +19,7 @@ from flax_resnet.config import (
     Stride,
 )
 from flax_resnet.nn.scan import Tree
-from flax_resnet.resnet import ResNet, split
+from flax_resnet.resnet import ResNet, abstract
 from flax_resnet.weights.state_dict import to_state_dict
 
 torch = pytest.importorskip("torch", reason="the other side of every equation here is PyTorch")
@@ -72,16 +72,21 @@ class Pair(NamedTuple):
 
 
 def make_pair(config: ResNetConfig, seed: int = 0) -> Pair:
-    """Random weights everywhere: BatchNorm's scale, bias and running statistics too, and biases."""
-    graphdef, params, batch_stats = split(ResNet(config, rngs=nnx.Rngs(seed)))
+    """Random weights everywhere: BatchNorm's scale, bias and running statistics too, and biases.
+
+    Kernels are drawn as the paper draws them, by NumPy: JAX would compile a program for each shape.
+    """
+    graphdef, params, batch_stats = abstract(config)
     rng = np.random.default_rng(seed)
 
-    def randomize(path: tuple, leaf: jax.Array) -> jax.Array:
+    def randomize(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
         if name == "kernel":
-            return leaf
-        positive = name in ("scale", "var")
-        new = rng.uniform(0.5, 1.5, leaf.shape) if positive else rng.normal(0, 0.2, leaf.shape)
+            new = rng.normal(0, np.sqrt(2 / np.prod(leaf.shape[:-1])), leaf.shape)
+        elif name in ("scale", "var"):
+            new = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            new = rng.normal(0, 0.2, leaf.shape)
         return jax.numpy.asarray(new, leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(randomize, params)

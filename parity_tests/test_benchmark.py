@@ -60,6 +60,7 @@ def measured(at: Path, *flags: str) -> tuple[list[dict[str, Any]], str]:
     return rows, run.stdout
 
 
+@pytest.mark.slow
 def test_rows_and_picture(tmp_path: Path) -> None:
     (row,), _ = measured(tmp_path, "--phases=train")
     assert (row["phase"], row["variant"]) == ("train", "default")

@@ -376,6 +376,7 @@ def refusal(*arguments: object) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_there_and_back_with_the_script(tmp_path: Path) -> None:
     state = make_state(ResNetConfig.akamaster(8, Shortcut.A))
     for key in state:

@@ -55,7 +55,7 @@ def test_a_folder_of_experiments_becomes_an_index(tmp_path: Path) -> None:
         assert f"[{name}](version-0.1/{name}/metrics.jsonl)" in index
 
 
-@pytest.mark.parametrize("flag", ["--out=figures", "--index"])
+@pytest.mark.parametrize("flag", ["--out=figures", pytest.param("--index", marks=pytest.mark.slow)])
 def test_a_folder_without_runs_is_refused_and_nothing_is_written(flag: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("the user's own")
     run = plot(tmp_path, ".", flag)

@@ -40,6 +40,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_same_weights_differ_by_rounding_alone(weights: Path, tmp_path: Path) -> None:
     run = report(tmp_path, f"--checkpoint={weights}")
     assert run.returncode == 0, run.stderr

@@ -64,6 +64,7 @@ def test_killed_inside_a_save_it_ends_with_the_same_bits(whole: Path, at: Path) 
     assert finish(at, run.workdir) == Result(True)  # it goes on from there, to the same numbers
 
 
+@pytest.mark.slow  # test_signals has what hears the signal
 def test_told_to_stop_it_saves_the_step_and_loses_none(whole: Path, at: Path) -> None:
     run = begun(at)
     assert run.process.returncode == 128 + signal.SIGTERM, run
@@ -92,6 +93,7 @@ def test_another_config_is_refused_and_the_difference_shown(whole: Path, at: Pat
     assert "seed: 0 there, 3 here" in run.lines[0]
 
 
+@pytest.mark.slow  # test_golden evaluates a checkpoint as well
 def test_the_checkpoint_evaluates_to_the_runs_own_error(whole: Path, at: Path) -> None:
     script = [sys.executable, str(ROOT / "scripts/evaluate.py"), f"--checkpoint={whole}"]
     run = subprocess.run(script, capture_output=True, text=True, env=environment(at), check=True)

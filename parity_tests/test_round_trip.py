@@ -267,13 +267,10 @@ def largest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float
     )
 
 
+@pytest.mark.slow  # test_trajectory goes side by side, and both directions are exact: see above
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
 @pytest.mark.parametrize(
-    ("family", "shortcut"),
-    [
-        pytest.param("paper", Shortcut.A, marks=pytest.mark.slow),
-        ("tanjeffreyz", Shortcut.B),
-    ],
+    ("family", "shortcut"), [("paper", Shortcut.A), ("tanjeffreyz", Shortcut.B)]
 )
 def test_twenty_steps_here_and_twenty_there(family: str, shortcut: Shortcut) -> None:
     config = experiment(family, shortcut)
@@ -298,32 +295,37 @@ def test_twenty_steps_here_and_twenty_there(family: str, shortcut: Shortcut) -> 
     assert mutant > 1e-2
 
 
+def at_step_0(config: Experiment) -> optax.OptState:
+    """Shapes and types alone."""
+    return jax.eval_shape(lambda: init(config)[1]).opt_state
+
+
+def with_momentum(config: Experiment) -> optax.OptState:
+    """After 7 steps, with random momentum."""
+    trace, _ = random_trees(config.model)
+    return optax.tree.set(at_step_0(config), trace=trace, count=jnp.array(7, jnp.int32))
+
+
 def test_momentum_comes_back_bit_for_bit() -> None:
     config = experiment("paper", Shortcut.B)
-    _, state = init(config)
-    trace, _ = random_trees(config.model)
-    opt_state = optax.tree.set(state.opt_state, trace=trace, count=jnp.array(7, jnp.int32))
-    back = momentum_from_torch(momentum_to_torch(opt_state), 7, state.opt_state)
+    opt_state = with_momentum(config)
+    back = momentum_from_torch(momentum_to_torch(opt_state), 7, at_step_0(config))
     assert_same_bits(back, opt_state)
 
 
 def test_momentum_of_another_network_is_refused() -> None:
     config = experiment("paper", Shortcut.B)
-    _, state = init(config)
-    momentum = momentum_to_torch(state.opt_state)
+    opt_state = with_momentum(config)
+    momentum = momentum_to_torch(opt_state)
     del momentum["stages.1.0.shortcut.conv.weight"]
     rule = r"stages.1.0.shortcut.conv.weight must be an array of shape \(32, 16, 1, 1\), got none"
     with pytest.raises(WeightsError, match=rule):
-        momentum_from_torch(momentum, 7, state.opt_state)
+        momentum_from_torch(momentum, 7, at_step_0(config))
     other = dataclasses.replace(config.model, num_classes=7)
     with pytest.raises(
         WeightsError, match=r"fc.bias must be an array of shape \(7,\), got \(10,\)"
     ):
-        momentum_from_torch(
-            momentum_to_torch(state.opt_state),
-            7,
-            init(Experiment(model=other))[1].opt_state,
-        )
+        momentum_from_torch(momentum_to_torch(opt_state), 7, at_step_0(Experiment(model=other)))
 
 
 def test_a_swapped_axis_would_be_seen() -> None:

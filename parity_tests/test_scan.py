@@ -90,7 +90,8 @@ def by_the_book() -> tuple[TrainState, list[float]]:
         ),
         pytest.param({"remat": True}, (1, 1, 1), id="remat", marks=pytest.mark.slow),
         pytest.param({}, (3,), id="steps", marks=pytest.mark.slow),
-        pytest.param({"scan_blocks": True}, (2, 1), id="blocks and steps"),
+        pytest.param({"scan_blocks": True}, (2, 1), id="blocks and steps", marks=pytest.mark.slow),
+        pytest.param({"scan_blocks": True}, (3,), id="blocks and all steps"),
     ],
 )
 def test_training_is_the_same(

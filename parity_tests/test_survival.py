@@ -8,11 +8,13 @@ from faults.fault import Unavailable
 from faults.hostile import FILES
 from faults.table import TABLE
 
-QUICK = {"hostile": len(FILES), "not_finite": 1}
+QUICK = {"not_finite": 1}
 # What these do is proven in the quick set as well: test_resume kills, stops and damages no less,
 # test_checkpoint flips, truncates and finds no room, test_cifar10 damages the dataset,
-# test_command_line has two runs in one directory, test_processes another number of devices.
+# test_command_line has two runs in one directory, test_processes another number of devices,
+# test_convert reads hostile files.
 SLOW = {
+    "hostile": len(FILES),
     "kill": 3,  # inside a save, after a step, at any time
     "stop": 4,  # each signal once, and each moment
     "full_disk": 1,

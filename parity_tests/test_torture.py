@@ -75,6 +75,7 @@ def test_a_promise_that_is_broken(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_a_fault_that_cannot_be_done_is_no_promise_kept(tmp_path: Path) -> None:
     run = torture(tmp_path, "--runs=1", "--rows=full_disk", PATH="")  # there is no `mount`
     assert (run.returncode, run.stderr) == (2, "error: a row does not hold\n")
@@ -83,6 +84,7 @@ def test_a_fault_that_cannot_be_done_is_no_promise_kept(tmp_path: Path) -> None:
     assert worst.startswith("not done: no small file system can be mounted: ")
 
 
+@pytest.mark.slow
 def test_an_unknown_row_is_refused_before_any_work(tmp_path: Path) -> None:
     run = torture(tmp_path, "--runs=1", "--rows=dataset,comet")
     assert (run.returncode, run.stdout) == (2, "")
