@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 HEADER = [
     "| fault | what must happen | runs | held | worst | minutes |",
