@@ -22,6 +22,7 @@ from flax_resnet.config import (
     OptimConfig,
 )
 from flax_resnet.data import order, source
+from flax_resnet.data.pixels import Batch
 from flax_resnet.errors import ConfigError
 from flax_resnet.optim import make_schedule
 from flax_resnet.studies.recipes import parse_seeds
@@ -230,3 +231,20 @@ def test_a_number_of_seeds_that_no_memory_holds() -> None:
             parse_seeds(text)
     assert parse_seeds("4294967296,") == [2**32]
     assert parse_seeds("9223372036854775807..9223372036854775807") == [2**63 - 1]
+
+
+def test_the_largest_batch_is_counted_in_no_int32() -> None:
+    """It has 2^34 pixels in the first layers. Nothing is computed here, and no memory is needed."""
+    config = Experiment()
+    config.model.depth = 8
+    images = (MOST_IMAGES, 32, 32, 3)
+    batch = Batch(
+        jax.ShapeDtypeStruct(images, "float32"), jax.ShapeDtypeStruct(images[:1], "int32")
+    )
+
+    def train(batch: Batch) -> step.Metrics:
+        return step.train_step(*step.init(config), batch)[1]
+
+    with jax.enable_x64(False):
+        metrics = jax.eval_shape(train, batch)
+    assert metrics.examples.dtype == "int32"

@@ -193,7 +193,7 @@ def _backward(
     dscale = _mean(dy * (x - mean)) * inv_std
     slope = _across(dscale, axis_name) * inv_std
     dx = (dy - _across(dbias, axis_name) - (x - mean) * slope) * (inv_std * scale)
-    n = x.size // x.shape[-1] // x.shape[0]
+    n = float(x.size // x.shape[-1] // x.shape[0])  # an integer may be beyond int32
     dscale, dbias = (d.sum((0, 1, 2, 3)) * n for d in (dscale, dbias))
     return dx, dscale, dbias, dadd if ending.has_add else None
 
