@@ -54,7 +54,7 @@ def test_a_large_network_is_read_by_its_keys_and_what_it_is_told(name: str, layo
     told = {"shortcut": config.shortcut, "channel_pad": config.channel_pad}
     found = from_state_dict(state, **told)
     assert found.config.architecture == architecture
-    doubts = [sentence for sentence in found.assumed if "stride conv3x3" in sentence]
+    doubts = [sentence for sentence in found.assumed.values() if "stride conv3x3" in sentence]
     assert len(doubts) == (name == "50-B, stride on 3x3")
     assert ResNetConfig.of(architecture, dtype=DType.FLOAT64) == dataclasses.replace(
         config, stride=config.stride if architecture.stride else ResNetConfig.stride
@@ -94,7 +94,7 @@ def test_what_no_key_tells_is_assumed_and_said(
     found = from_state_dict(state)
     assert (found.config.shortcut, found.config.channel_pad) == (shortcut, pad)
     assert len(found.assumed) == len(doubts)
-    for sentence, doubt in zip(found.assumed, doubts, strict=True):
+    for sentence, doubt in zip(found.assumed.values(), doubts, strict=True):
         assert doubt in sentence
 
 

@@ -156,10 +156,10 @@ def test_what_is_in_doubt_is_said() -> None:
     half = {key: x.half() if x.ndim else x for key, x in make_state().items()}
     half["bn1.num_batches_tracked"] += 5
     contents = files.unwrap(half)
-    assert from_state_dict(contents.state_dict).assumed == [
-        "float16 numbers widened to float32",
-        "step 0 (BatchNorm's counters disagree: 0 to 5)",
-    ]
+    assert from_state_dict(contents.state_dict).assumed == {
+        "dtype": "float16 numbers widened to float32",
+        "step": "step 0 (BatchNorm's counters disagree: 0 to 5)",
+    }
     bfloat = {key: x.bfloat16() if x.ndim else x for key, x in make_state().items()}
     model = flax_resnet.from_torch(bfloat)
     back = flax_resnet.to_torch(model)

@@ -102,7 +102,7 @@ def test_flax_to_pytorch_to_flax(layout: Layout, family: str, shortcut: Shortcut
         back = from_state_dict(state, shortcut=shortcut, channel_pad=config.channel_pad)
         assert_same_bits((back.params, back.batch_stats), (params, batch_stats))
         assert (back.config, back.layout, back.step) == (config, layout, 1234)
-        assert back.assumed == []
+        assert back.assumed == {}
 
 
 @pytest.mark.parametrize(("layout", "family", "shortcut"), CASES)

@@ -105,7 +105,7 @@ def read_flax(path: Path) -> tuple[Imported, StateDict]:
     print(f"read: {run.directory}, step {run.step}")
     print(f"network: {account.describe(run.config.model)}")
     weights = run.state.params, run.state.batch_stats
-    return Imported(run.config.model, *weights, run.step, Layout.TWIN, [], []), {}
+    return Imported(run.config.model, *weights, run.step, Layout.TWIN, [], {}), {}
 
 
 def choose_preprocess(imported: Imported) -> Preprocess:

@@ -111,7 +111,7 @@ def read_torch(path: Path) -> Subject:
         stride=told.get("model.stride"),
         depth=told.get("model.depth"),
     )
-    for assumption in imported.assumed:
+    for assumption in imported.assumed.values():
         print(f"assumed: {assumption}")
     preprocess = usual_preprocess(imported.config.architecture, imported.layout)
     usual = DataConfig(preprocess=preprocess)

@@ -85,7 +85,7 @@ def load(path: Path) -> Weights:
     imported = from_state_dict(
         files.read(path).state_dict, shortcut=SHORTCUT.value, channel_pad=CHANNEL_PAD.value
     )
-    for assumption in imported.assumed:
+    for assumption in imported.assumed.values():
         print(f"{path}: assumed: {assumption}")
     return Weights(imported.config, imported.params, imported.batch_stats)
 

@@ -129,7 +129,7 @@ def of_torch(path: Path, config: Experiment) -> Weights:
             projection=ours.projection,
         )
     theirs = imported.config.architecture
-    untold = [name for name in UNTOLD if any(each.startswith(name) for each in by_keys.assumed)]
+    untold = [name for name in UNTOLD if name in by_keys.assumed]
     if theirs.batch_norm_epsilon != ours.batch_norm_epsilon:
         theirs = dataclasses.replace(theirs, batch_norm_epsilon=ours.batch_norm_epsilon)
         untold.append("batch_norm_epsilon")

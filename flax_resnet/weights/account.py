@@ -24,7 +24,7 @@ def of_reading(imported: Imported, ignored: list[str]) -> str:
         [
             table(rows),
             f"unused: {', '.join(unused) or 'nothing'}",
-            *(f"assumed: {assumption}" for assumption in imported.assumed),
+            *(f"assumed: {assumption}" for assumption in imported.assumed.values()),
             f"network: {describe(imported.config)}",
         ]
     )

@@ -63,7 +63,7 @@ def from_torch(
         stride=stride,
         depth=depth,
     )
-    for assumption in imported.assumed:
+    for assumption in imported.assumed.values():
         log.warning("assumed: %s", assumption)
     return imported.model()
 

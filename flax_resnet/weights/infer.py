@@ -44,7 +44,7 @@ class Inferred(NamedTuple):
 
     architecture: Architecture
     dtype: DType  # float64 if any array is
-    assumed: list[str]  # one sentence or two for each choice that it does not tell
+    assumed: dict[str, str]  # by field, what it does not tell, in a sentence or two
 
 
 def infer(
@@ -67,7 +67,7 @@ def infer(
         WeightsError: it has no stem, no classifier, or too few stages.
     """
     block, widths, blocks = tell_stages(state, layout)
-    assumed: list[str] = []
+    assumed: dict[str, str] = {}
     if shortcut is None:
         shortcut = tell_shortcut(state, layout, sum(blocks))
     if shortcut is None:
@@ -75,14 +75,14 @@ def infer(
         others = "Plain networks"
         if layout is Layout.TANJEFFREYZ:
             others += " and those of shortcut B"
-        assumed.append(
+        assumed["shortcut"] = (
             f"shortcut A. {others} have the same keys in the {layout.value} layout; set shortcut "
             "if this is one"
         )
     if channel_pad is None:
         channel_pad = ChannelPad.CENTRE if layout is Layout.AKAMASTER else ChannelPad.END
         if shortcut is Shortcut.A:
-            assumed.append(
+            assumed["channel_pad"] = (
                 f"channel_pad {channel_pad.value}, as is usual in the {layout.value} layout. The "
                 "keys do not show where shortcut A pads; set channel_pad if it is elsewhere"
             )
@@ -90,7 +90,7 @@ def infer(
         stride = None
     elif stride is None:
         stride = Stride.CONV3X3
-        assumed.append(
+        assumed["stride"] = (
             "stride conv3x3, as is usual. The keys do not show which convolution of a bottleneck "
             "has it; set stride if it is conv1x1, as in the paper"
         )

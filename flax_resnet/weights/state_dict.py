@@ -59,7 +59,7 @@ class Imported(NamedTuple):
     step: int  # training steps it has seen, by BatchNorm's counters; 0 unless they agree
     layout: Layout
     placements: list[Placement]
-    assumed: list[str]  # in a sentence or two each, what the state dict does not tell
+    assumed: dict[str, str]  # by field, what the state dict does not tell, in a sentence or two
 
     def model(self) -> ResNet:
         """The network itself, in evaluation mode."""
@@ -172,10 +172,10 @@ def from_state_dict(
 
     types = {array.dtype.name for name, array in state.items() if name in shapes}
     if narrow := sorted(types - {"float32", "float64"}):
-        assumed.append(f"{' and '.join(narrow)} numbers widened to {dtype.value}")
+        assumed["dtype"] = f"{' and '.join(narrow)} numbers widened to {dtype.value}"
     steps = {int(state[name]) for name in tracked if name in state}
     if len(steps) > 1:
-        assumed.append(f"step 0 (BatchNorm's counters disagree: {min(steps)} to {max(steps)})")
+        assumed["step"] = f"step 0 (BatchNorm's counters disagree: {min(steps)} to {max(steps)})"
     return Imported(
         config,
         tree_from_torch(state, params),
