@@ -28,7 +28,7 @@ from flax_resnet.config import (
 )
 from flax_resnet.errors import ConfigError
 from flax_resnet.nn.batch_norm import BatchNorm
-from flax_resnet.nn.convolution import conv_general_dilated
+from flax_resnet.nn.convolution import Conv
 from flax_resnet.nn.scan import Scan, Tree, rematerialized
 
 Layer = Callable[[Array], Array]
@@ -79,19 +79,34 @@ class ResNet(nnx.Module):
         Raises:
             ConfigError: the images have another number of channels, or no pixels.
         """
+        return self.head(self.features(x)[-1])
+
+    def features(self, x: Float[Array, "b h w c"]) -> list[Float[Array, "b _h _w _c"]]:
+        """What a batch of preprocessed images is after the stem, and after each stage.
+
+        Raises:
+            ConfigError: the images have another number of channels, or no pixels.
+        """
         check_images(self.architecture, x.shape[-1], x.shape[1:3])
-        for _, layer in self.layers():
-            x = layer(x)
-        return x
+        found = [self.stem(x)]
+        for stage in self.stages:
+            x = found[-1]
+            for block in stage:
+                x = self._layer(block)(x)
+            found.append(x)
+        return found
 
     def layers(self) -> list[tuple[str, Layer]]:
         """What x passes through, by name: stem, every block (or scan over blocks), head."""
         blocks = [
-            (f"stages.{s}.{b}", partial(rematerialized, block) if self.remat else block)
+            (f"stages.{s}.{b}", self._layer(block))
             for s, stage in enumerate(self.stages)
             for b, block in enumerate(stage)
         ]
         return [("stem", self.stem), *blocks, ("head", self.head)]
+
+    def _layer(self, block: nnx.Module) -> Layer:
+        return partial(rematerialized, block) if self.remat else block
 
     def stem(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         x = self.conv1(x)
@@ -186,7 +201,7 @@ class Projection1x1(nnx.Module):
 
     def __init__(self, config: ResNetConfig, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs):
         average = nnx.initializers.constant(1 / c_in)
-        self.conv = nnx.Conv(
+        self.conv = Conv(
             c_in,
             c_out,
             (1, 1),
@@ -196,7 +211,6 @@ class Projection1x1(nnx.Module):
             kernel_init=(
                 average if config.projection_init is ProjectionInit.AVERAGE else kaiming_normal
             ),
-            conv_general_dilated=conv_general_dilated,
             dtype=compute_dtype(config),
             param_dtype=param_dtype(config),
             rngs=rngs,
@@ -234,8 +248,8 @@ def make_shortcut(
 
 def conv(
     config: ResNetConfig, c_in: int, c_out: int, size: int, stride: int = 1, *, rngs: nnx.Rngs
-) -> nnx.Conv:
-    return nnx.Conv(
+) -> Conv:
+    return Conv(
         c_in,
         c_out,
         (size, size),
@@ -244,7 +258,6 @@ def conv(
         use_bias=config.conv_bias,
         kernel_init=kaiming_normal,
         bias_init=bias_init(config, size * size * c_in),
-        conv_general_dilated=conv_general_dilated,
         dtype=compute_dtype(config),
         param_dtype=param_dtype(config),
         rngs=rngs,

@@ -69,10 +69,22 @@ class ResNet(nn.Module):
         Raises:
             ConfigError: the images have another number of channels, or no pixels.
         """
+        return self.head(self.features(x)[-1])
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """What a batch of preprocessed images (b, c, h, w) is after the stem, and after each stage.
+
+        Raises:
+            ConfigError: the images have another number of channels, or no pixels.
+        """
         check_images(self.architecture, x.shape[1], x.shape[2:])
-        for _, layer in self.layers():
-            x = layer(x)
-        return x
+        found = [self.stem(x)]
+        for stage in self.stages:
+            x = found[-1]
+            for block in stage.children():
+                x = block(x)
+            found.append(x)
+        return found
 
     def layers(self) -> list[tuple[str, Layer]]:
         """What x passes through, by name: stem, every block, head."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -23,6 +24,26 @@ Window = tuple[int, int]
 Padding = tuple[Window, Window]  # low and high, of height and width
 
 NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+class Conv(nnx.Conv):
+    """`nnx.Conv`, which while it trains has the gradients below.
+
+    In evaluation mode it has JAX's own, which know forward mode, too: `jax.jvp`, `jax.jacfwd`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.use_running_average = False
+
+    @property
+    def use_running_average(self) -> bool:
+        """Whether this is evaluation mode: the name that `nnx.Module.train` and `eval` look for."""
+        return self.conv_general_dilated is lax.conv_general_dilated
+
+    @use_running_average.setter
+    def use_running_average(self, value: bool) -> None:
+        self.conv_general_dilated = lax.conv_general_dilated if value else conv_general_dilated
 
 
 def conv_general_dilated(
