@@ -62,6 +62,9 @@ class Stem(enum.Enum):
     CONV7_POOL = "conv7_pool"  # tanjeffreyz's for ImageNet: without BatchNorm and ReLU
 
 
+TANJEFFREYZ_STEMS = (Stem.CONV, Stem.CONV7_POOL)
+
+
 class Stages(enum.Enum):
     """The paper's two kinds of network, which say what a depth means."""
 
@@ -243,9 +246,15 @@ class ResNetConfig(Settings, group="model"):
     def tanjeffreyz(
         cls, depth: int = 20, shortcut: Shortcut = Shortcut.A, **overrides: Any
     ) -> "ResNetConfig":
-        """The network of the PyTorch system that this project reimplements."""
+        """The network of the PyTorch system that this project reimplements.
+
+        With `stages=Stages.IMAGENET` its ImageNetResNet, whose images have one channel.
+        """
+        is_large = overrides.get("stages") is Stages.IMAGENET
         settings: dict[str, Any] = {
-            "stem": Stem.CONV,
+            "stem": Stem.CONV7_POOL if is_large else Stem.CONV,
+            "image_channels": 1 if is_large else 3,
+            "num_classes": 1000 if is_large else 10,
             "conv_bias": True,
             "projection": Projection.CONV_BIAS,
             "projection_init": ProjectionInit.AVERAGE,
@@ -284,7 +293,7 @@ class ResNetConfig(Settings, group="model"):
         average = architecture.projection is Projection.CONV_BIAS
         usual: dict[str, Any] = {
             "projection_init": ProjectionInit.AVERAGE if average else ProjectionInit.KAIMING,
-            "init": Init.TORCH if architecture.stem is Stem.CONV else Init.KAIMING,
+            "init": Init.TORCH if architecture.stem in TANJEFFREYZ_STEMS else Init.KAIMING,
         }
         if architecture.stride is not None:
             usual["stride"] = architecture.stride
@@ -335,7 +344,7 @@ class ResNetConfig(Settings, group="model"):
             average = self.projection_init is ProjectionInit.AVERAGE
             if average != (self.projection is Projection.CONV_BIAS):  # tanjeffreyz's usual
                 name += ", 1/C_in" if average else ", Kaiming"
-        if self.stem is Stem.CONV:
+        if self.stem in TANJEFFREYZ_STEMS:
             name += " (tanjeffreyz)"
         elif self.shortcut is Shortcut.A and self.channel_pad is ChannelPad.CENTRE:
             name += " (akamaster)"

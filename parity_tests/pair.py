@@ -10,12 +10,9 @@ from flax import nnx
 
 from flax_resnet.config import (
     DType,
-    Init,
-    Projection,
-    ProjectionInit,
     ResNetConfig,
     Shortcut,
-    Stem,
+    Stages,
     Stride,
 )
 from flax_resnet.nn.scan import Tree
@@ -40,15 +37,7 @@ LARGE = {
     "152-B": ResNetConfig.imagenet(152),
     "kuangliu-18": ResNetConfig.kuangliu(18),
     "kuangliu-50": ResNetConfig.kuangliu(50),
-    "tanjeffreyz-18-B": ResNetConfig.imagenet(
-        18,
-        stem=Stem.CONV7_POOL,
-        conv_bias=True,
-        projection=Projection.CONV_BIAS,
-        projection_init=ProjectionInit.AVERAGE,
-        init=Init.TORCH,
-        image_channels=1,
-    ),
+    "tanjeffreyz-18-B": ResNetConfig.tanjeffreyz(18, Shortcut.B, stages=Stages.IMAGENET),
 }
 LARGE = {
     name: dataclasses.replace(config, num_classes=10, dtype=DType.FLOAT64)

@@ -35,7 +35,7 @@ def test_who_keeps_it(family: Any, shortcut: Shortcut) -> None:
     assert ResNetConfig.of(architecture, dtype=DType.FLOAT64) == config
 
 
-@pytest.mark.parametrize("layout", [Layout.TWIN, Layout.TORCHVISION, Layout.AKAMASTER])
+@pytest.mark.parametrize("layout", [Layout.TWIN, Layout.TORCHVISION, Layout.KUANGLIU])
 @pytest.mark.parametrize(
     "name",
     [

@@ -7,6 +7,7 @@ test_published_weights reads files that others wrote. A key that no table has is
 import functools
 import itertools
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from flax_resnet.weights.layouts import (
     by_name,
     cut_into_stages,
     listed,
+    prefix_to_write,
     recognize,
     to_key,
     to_name,
@@ -29,9 +31,10 @@ from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 from flax_resnet.weights.trees import counters, torch_shapes
 
 FAMILIES = ("paper", "tanjeffreyz")  # akamaster's modules are those of the paper
+SMALL_LAYOUTS = [layout for layout in Layout if layout not in (Layout.KUANGLIU, Layout.HUGGINGFACE)]
 CASES = [
     pytest.param(layout, family, shortcut, id=f"{layout.value}-{family}-{shortcut.value}")
-    for layout, family, shortcut in itertools.product(Layout, FAMILIES, Shortcut)
+    for layout, family, shortcut in itertools.product(SMALL_LAYOUTS, FAMILIES, Shortcut)
     if layout is not Layout.TANJEFFREYZ or family == "tanjeffreyz"
 ]
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -46,7 +49,7 @@ def names_of(family: str, shortcut: Shortcut, depth: int) -> list[str]:
 
 
 def imagenet_names(blocks: tuple[int, ...], layers: int) -> list[str]:
-    """Of networks that this library has not: 4 stages, and blocks of 3 layers (bottlenecks)."""
+    """Of networks with blocks of so many layers, without making them: that takes seconds."""
     names = ["conv1.weight", "fc.weight", "fc.bias"]
     for s, n in enumerate(blocks):
         for b, layer in itertools.product(range(n), range(1, layers + 1)):
@@ -61,10 +64,8 @@ def assert_one_to_one(names: list[str], layout: Layout, blocks: tuple[int, ...])
     assert len(set(keys)) == len(set(names)) == len(names)
     assert [to_name(key, layout, blocks) for key in keys] == names
     assert [to_key(name, layout, blocks) for name in map_back(keys, layout, blocks)] == keys
-    # DataParallel's prefix may be before any key, or have been cut off.
-    bare = [key.removeprefix("module.") for key in keys]
-    assert map_back(bare, layout, blocks) == names
-    assert map_back([f"module.{key}" for key in bare], layout, blocks) == names
+    # DataParallel's prefix may be before any key.
+    assert map_back([f"module.{key}" for key in keys], layout, blocks) == names
 
 
 def map_back(keys: list[str], layout: Layout, blocks: tuple[int, ...]) -> list[str]:
@@ -79,15 +80,29 @@ def test_to_the_key_and_back(layout: Layout, family: str, shortcut: Shortcut) ->
         assert_one_to_one(names, layout, (n, n, n))
         # The keys alone tell the layout, and how many blocks there are.
         state = {to_key(name, layout, (n, n, n)): np.zeros(1) for name in names}
-        assert recognize(state) is layout
+        assert recognize(state) is first_with_the_keys(layout, family, shortcut)
         assert by_name(state, layout) == dict(zip(names, state, strict=True))
 
 
+def first_with_the_keys(layout: Layout, family: str, shortcut: Shortcut) -> Layout:
+    """The layout itself, but for one: without projections torchvision's keys are the same."""
+    has_projection = shortcut in (Shortcut.B, Shortcut.C)
+    is_same = layout is Layout.AKAMASTER_FC and not has_projection
+    return Layout.TORCHVISION if is_same else layout
+
+
 @pytest.mark.parametrize("layout", Layout, ids=lambda x: x.value)
-@pytest.mark.parametrize("blocks", [(18, 18, 18), (2, 2, 2, 2), (3, 4, 23, 3)], ids=str)
+@pytest.mark.parametrize(
+    "blocks", [(18, 18, 18), (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3)], ids=str
+)
 def test_other_numbers_of_blocks(layout: Layout, blocks: tuple[int, ...]) -> None:
     layers = 2 if layout is Layout.TANJEFFREYZ else 3
-    assert_one_to_one(imagenet_names(blocks, layers), layout, blocks)
+    names = imagenet_names(blocks, layers)
+    assert_one_to_one(names, layout, blocks)
+    state = {to_key(name, layout, blocks): np.zeros(1) for name in names}
+    if blocks == (3, 4, 6, 3):
+        assert by_name(state, layout) == dict(zip(names, state, strict=True))
+        assert recognize(state) is (Layout.KUANGLIU if layout is Layout.AKAMASTER else layout)
 
 
 BY_HAND = {
@@ -105,11 +120,37 @@ BY_HAND = {
         "fc.bias": "fc.bias",
     },
     Layout.AKAMASTER: {
-        "conv1.weight": "module.conv1.weight",
-        "stages.0.2.conv2.weight": "module.layer1.2.conv2.weight",
-        "stages.2.0.shortcut.conv.weight": "module.layer3.0.shortcut.0.weight",
-        "stages.2.0.shortcut.bn.weight": "module.layer3.0.shortcut.1.weight",
-        "fc.weight": "module.linear.weight",
+        "conv1.weight": "conv1.weight",
+        "stages.0.2.conv2.weight": "layer1.2.conv2.weight",
+        "stages.2.0.shortcut.conv.weight": "layer3.0.shortcut.0.weight",
+        "stages.2.0.shortcut.bn.weight": "layer3.0.shortcut.1.weight",
+        "fc.weight": "linear.weight",
+    },
+    Layout.KUANGLIU: {
+        "bn1.weight": "bn1.weight",
+        "stages.3.2.conv3.weight": "layer4.2.conv3.weight",
+        "stages.0.0.shortcut.conv.weight": "layer1.0.shortcut.0.weight",
+        "stages.3.0.shortcut.bn.bias": "layer4.0.shortcut.1.bias",
+        "fc.bias": "linear.bias",
+    },
+    Layout.AKAMASTER_FC: {
+        "stages.1.0.bn1.bias": "layer2.0.bn1.bias",
+        "stages.1.0.shortcut.conv.weight": "layer2.0.shortcut.0.weight",
+        "stages.1.0.shortcut.bn.running_var": "layer2.0.shortcut.1.running_var",
+        "fc.weight": "fc.weight",
+    },
+    Layout.HUGGINGFACE: {
+        "conv1.weight": "resnet.embedder.embedder.convolution.weight",
+        "bn1.running_mean": "resnet.embedder.embedder.normalization.running_mean",
+        "stages.0.2.conv1.weight": "resnet.encoder.stages.0.layers.2.layer.0.convolution.weight",
+        "stages.3.0.bn3.bias": "resnet.encoder.stages.3.layers.0.layer.2.normalization.bias",
+        "stages.1.0.shortcut.conv.weight": (
+            "resnet.encoder.stages.1.layers.0.shortcut.convolution.weight"
+        ),
+        "stages.2.0.shortcut.bn.bias": (
+            "resnet.encoder.stages.2.layers.0.shortcut.normalization.bias"
+        ),
+        "fc.bias": "classifier.1.bias",
     },
     Layout.TANJEFFREYZ: {  # of depth 20: blocks 1 to 9
         "conv1.bias": "model.0.bias",
@@ -127,6 +168,18 @@ BY_HAND = {
 def test_keys_by_hand(layout: Layout) -> None:
     found = {name: to_key(name, layout, (3, 3, 3)) for name in BY_HAND[layout]}
     assert found == BY_HAND[layout]
+
+
+def test_keys_by_hand_behind_a_max_pool() -> None:
+    """tanjeffreyz's ImageNetResNet 18: the max-pool is model.1, the blocks are 2 to 9."""
+    by_hand = {
+        "conv1.weight": "model.0.weight",
+        "stages.0.0.conv1.weight": "model.2.model.0.weight",
+        "stages.1.0.shortcut.conv.bias": "model.4.conv_downsample.bias",
+        "stages.3.1.bn2.running_var": "model.9.model.4.running_var",
+        "fc.bias": "model.10.model.2.bias",
+    }
+    assert {name: to_key(name, Layout.TANJEFFREYZ, (2, 2, 2, 2)) for name in by_hand} == by_hand
 
 
 @pytest.mark.parametrize("name", ["bn1.weight", "stages.1.0.shortcut.bn.bias", "fc2.weight", "fc"])
@@ -158,6 +211,17 @@ NO_NAME = {
         "",
     ],
     Layout.AKAMASTER: ["fc.weight", "module.fc.weight", "layer1.0.downsample.0.weight"],
+    Layout.KUANGLIU: ["fc.weight", "module.fc.weight", "layer4.0.downsample.0.weight"],
+    Layout.AKAMASTER_FC: ["linear.weight", "layer1.0.downsample.0.weight", "module.module.fc.bias"],
+    Layout.HUGGINGFACE: [
+        "embedder.embedder.convolution.weight",
+        "resnet.embedder.embedder.convolutions.weight",
+        "resnet.encoder.stages.0.layers.0.layer.convolution.weight",
+        "resnet.encoder.stages.0.layers.0.layer.-1.convolution.weight",
+        "classifier.0.weight",
+        "classifier.weight",
+        "fc.weight",
+    ],
     Layout.TANJEFFREYZ: [
         "model.0.model.0.weight",  # the stem is no block, nor is the classifier, which is 10
         "model.10.model.0.weight",
@@ -176,6 +240,54 @@ NO_NAME = {
 def test_keys_that_no_name_has(layout: Layout) -> None:
     for key in NO_NAME[layout]:
         assert to_name(key, layout, (3, 3, 3)) is None, key
+
+
+@pytest.mark.parametrize(
+    "key", ["model.1.model.0.weight", "model.1.weight", "model.10.model.0.weight"]
+)
+def test_a_max_pool_is_no_block(key: str) -> None:
+    assert to_name(key, Layout.TANJEFFREYZ, (2, 2, 2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("places", "blocks"),
+    [
+        (range(1, 10), (3, 3, 3)),
+        (range(1, 9), (2, 2, 4)),  # the last stage's are too many
+        (range(2, 10), (2, 2, 2, 2)),
+        (range(2, 18), (3, 4, 6, 3)),
+        (range(2, 12), (2, 2, 2, 4)),
+        (range(2, 4), (2, 2, 2, 0)),
+        ([], ()),
+    ],
+    ids=str,
+)
+def test_one_list_is_cut_into_stages(places: Sequence[int], blocks: tuple[int, ...]) -> None:
+    keys = [f"model.{place}.model.0.weight" for place in places]
+    assert cut_into_stages(keys, Layout.TANJEFFREYZ) == blocks
+    if keys:
+        classifier = f"model.{max(places) + 1}.model.2.weight"
+        assert cut_into_stages([keys[0], classifier], Layout.TANJEFFREYZ) == blocks
+
+
+@pytest.mark.parametrize(
+    ("layout", "told", "prefix"),
+    [(layout, None, "") for layout in Layout if layout is not Layout.AKAMASTER]
+    + [
+        (Layout.AKAMASTER, None, "module."),  # as in its published files
+        (Layout.AKAMASTER, "", ""),
+        (Layout.TWIN, "module.", "module."),
+        (Layout.KUANGLIU, "a.module.", "a.module."),
+    ],
+)
+def test_what_stands_before_every_key(layout: Layout, told: str | None, prefix: str) -> None:
+    assert prefix_to_write(layout, told) == prefix
+
+
+@pytest.mark.parametrize("prefix", ["module", ".module", " "])
+def test_a_prefix_without_its_dot_is_refused(prefix: str) -> None:
+    with pytest.raises(WeightsError, match=f"prefix must be empty or end in a dot.*{prefix!r}$"):
+        prefix_to_write(Layout.TWIN, prefix)
 
 
 @functools.cache

@@ -24,7 +24,15 @@ import pytest
 from flax import nnx
 
 import flax_resnet
-from flax_resnet.config import DType, Experiment, OptimConfig, Projection, ResNetConfig, Shortcut
+from flax_resnet.config import (
+    DType,
+    Experiment,
+    OptimConfig,
+    Projection,
+    ResNetConfig,
+    Shortcut,
+    Stages,
+)
 from flax_resnet.data.pixels import Batch
 from flax_resnet.errors import WeightsError
 from flax_resnet.nn.cpu import compiler_options
@@ -32,7 +40,13 @@ from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import abstract, split
 from flax_resnet.step import init, train_step
 from flax_resnet.weights import files
-from flax_resnet.weights.layouts import Layout, check_layout, to_key, unused_projections
+from flax_resnet.weights.layouts import (
+    Layout,
+    check_layout,
+    prefix_to_write,
+    to_key,
+    unused_projections,
+)
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 from flax_resnet.weights.trees import momentum_from_torch, momentum_to_torch, tree_to_torch
 from parity_tests.pair import images, make_twin, to_torch, torch
@@ -45,9 +59,10 @@ FAMILIES = {
     "tanjeffreyz": ResNetConfig.tanjeffreyz,
     "akamaster": ResNetConfig.akamaster,
 }
+LAYOUTS = [layout for layout in Layout if layout not in (Layout.KUANGLIU, Layout.HUGGINGFACE)]
 CASES = [
     pytest.param(layout, family, shortcut, id=f"{layout.value}-{family}-{shortcut.value}")
-    for layout, family, shortcut in itertools.product(Layout, FAMILIES, Shortcut)
+    for layout, family, shortcut in itertools.product(LAYOUTS, FAMILIES, Shortcut)
     if layout is not Layout.TANJEFFREYZ or family == "tanjeffreyz"
 ]
 
@@ -91,7 +106,8 @@ def random_torch(config: ResNetConfig, layout: Layout) -> dict[str, np.ndarray]:
             state[name] = np.array(1234)
     if layout is Layout.TANJEFFREYZ:
         state |= unused_projections(config.architecture)
-    return {to_key(name, layout, config.architecture.blocks): x for name, x in state.items()}
+    prefix, blocks = prefix_to_write(layout, None), config.architecture.blocks
+    return {prefix + to_key(name, layout, blocks): x for name, x in state.items()}
 
 
 @pytest.mark.parametrize(("layout", "family", "shortcut"), CASES)
@@ -101,7 +117,10 @@ def test_flax_to_pytorch_to_flax(layout: Layout, family: str, shortcut: Shortcut
         state = to_state_dict(config.architecture, params, batch_stats, step=1234, layout=layout)
         back = from_state_dict(state, shortcut=shortcut, channel_pad=config.channel_pad)
         assert_same_bits((back.params, back.batch_stats), (params, batch_stats))
-        assert (back.config, back.layout, back.step) == (config, layout, 1234)
+        assert (back.config, back.step) == (config, 1234)
+        # Without projections the two have the same keys.
+        is_same = layout is Layout.AKAMASTER_FC and shortcut in (Shortcut.PLAIN, Shortcut.A)
+        assert back.layout is (Layout.TORCHVISION if is_same else layout)
         assert back.assumed == {}
 
 
@@ -116,7 +135,7 @@ def test_pytorch_to_flax_to_pytorch(layout: Layout, family: str, shortcut: Short
 
 
 @pytest.mark.parametrize("suffix", files.SUFFIXES)
-@pytest.mark.parametrize("layout", Layout, ids=lambda x: x.value)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.value)
 def test_models_through_files(layout: Layout, suffix: str, tmp_path: Path) -> None:
     is_tanjeffreyz = layout is Layout.TANJEFFREYZ
     config = FAMILIES["tanjeffreyz" if is_tanjeffreyz else "paper"](8, Shortcut.C)
@@ -139,20 +158,66 @@ def batch_norms(model: flax_resnet.ResNet) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("layout", "config", "message"),
     [
-        ResNetConfig.paper(8),
-        ResNetConfig.tanjeffreyz(8, Shortcut.B, projection=Projection.CONV_BN),
+        (Layout.TANJEFFREYZ, ResNetConfig.paper(8), "conv_bias True, got stem conv_bn_relu"),
+        (
+            Layout.TANJEFFREYZ,
+            ResNetConfig.tanjeffreyz(8, Shortcut.B, projection=Projection.CONV_BN),
+            "projection conv_bias, got .* projection conv_bn;",
+        ),
+        (Layout.TANJEFFREYZ, ResNetConfig.imagenet(50), "block basic, .* got .* block bottleneck"),
+        (Layout.AKAMASTER, ResNetConfig.kuangliu(18), r"widths \(16, 32, 64\), got widths \(64, "),
+        (Layout.KUANGLIU, ResNetConfig.akamaster(8), r"widths \(64, .* got widths \(16, 32, 64\)"),
+        (
+            Layout.HUGGINGFACE,
+            ResNetConfig.kuangliu(18),
+            "stem conv7_bn_relu_pool, .* got stem conv",
+        ),
+        (Layout.HUGGINGFACE, ResNetConfig.imagenet(18, Shortcut.A), "shortcut B, .* shortcut A"),
+        (
+            Layout.HUGGINGFACE,
+            ResNetConfig.imagenet(18, projection=Projection.CONV_BIAS),
+            "projection conv_bn, got .* projection conv_bias",
+        ),
+        (Layout.HUGGINGFACE, ResNetConfig.imagenet(18, conv_bias=True), "conv_bias False, .* True"),
     ],
 )
-def test_a_model_that_no_network_of_the_layout_is_like(config: ResNetConfig) -> None:
-    with pytest.raises(WeightsError, match="tanjeffreyz's layout has"):
-        check_layout(config.architecture, Layout.TANJEFFREYZ)
+def test_a_model_that_no_network_of_the_layout_is_like(
+    layout: Layout, config: ResNetConfig, message: str
+) -> None:
+    with pytest.raises(WeightsError, match=f"{layout.value}'s layout has networks .*{message}"):
+        check_layout(config.architecture, layout)
 
 
 def test_what_stands_where_no_projection_is_used_decides_no_layout() -> None:
     config = ResNetConfig.tanjeffreyz(8, Shortcut.A, projection=Projection.CONV_BN)
     check_layout(config.architecture, Layout.TANJEFFREYZ)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("depth", "shortcut"),
+    [(18, Shortcut.PLAIN), (18, Shortcut.A), (18, Shortcut.B), (34, Shortcut.B)],
+)
+def test_tanjeffreyzs_large_networks(depth: int, shortcut: Shortcut) -> None:
+    """Also bit for bit: one channel, and keys that make room for the max-pool."""
+    config = ResNetConfig.tanjeffreyz(depth, shortcut, stages=Stages.IMAGENET)
+    params, batch_stats = random_trees(config)
+    state = to_state_dict(
+        config.architecture, params, batch_stats, step=7, layout=Layout.TANJEFFREYZ
+    )
+    back = from_state_dict(state, shortcut=shortcut, channel_pad=config.channel_pad)
+    assert (back.config, back.layout, back.step) == (config, Layout.TANJEFFREYZ, 7)
+    assert_same_bits((back.params, back.batch_stats), (params, batch_stats))
+    again = to_state_dict(
+        back.config.architecture,
+        back.params,
+        back.batch_stats,
+        step=back.step,
+        layout=Layout.TANJEFFREYZ,
+    )
+    assert_same_bits(again, state)
 
 
 def test_tanjeffreyzs_unused_projections_are_the_exception() -> None:

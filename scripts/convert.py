@@ -24,11 +24,17 @@ from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run
 from flax_resnet.weights import account, files
 from flax_resnet.weights.infer import usual_preprocess
-from flax_resnet.weights.layouts import Layout, StateDict
+from flax_resnet.weights.layouts import Layout, StateDict, prefix_to_write
 from flax_resnet.weights.state_dict import Imported, from_state_dict, to_state_dict
 from torch_ref.compare.agreement import NUM_IMAGES, logit_differences
 
 LAYOUT = flags.DEFINE_enum_class("layout", Layout.TWIN, Layout, "keys of the PyTorch file to write")
+PREFIX = flags.DEFINE_string(
+    "prefix",
+    None,
+    "what stands before every key of the PyTorch file to write, such as module.; default: module. "
+    "in akamaster's layout, nothing in all others",
+)
 SHORTCUT = flags.DEFINE_enum_class(
     "shortcut", None, Shortcut, "of a PyTorch SRC: plain networks and shortcut A have the same keys"
 )
@@ -57,24 +63,31 @@ def main(src: str, dst: str) -> None:
     from_flax = is_run(source)
     if to_flax and from_flax:
         raise ConfigError(f"{source} and {target} are both Flax's: nothing to convert")
-    unused = LAYOUT if to_flax else PREPROCESS
-    if unused.present:
-        raise ConfigError(f"--{unused.name} would change nothing: DST is {kind_of(to_flax)}")
+    for flag in (LAYOUT, PREFIX) if to_flax else (PREPROCESS,):
+        if flag.present:
+            raise ConfigError(f"--{flag.name} would change nothing: DST is {kind_of(to_flax)}")
+    prefix = prefix_to_write(LAYOUT.value, PREFIX.value)
     check_target(target, is_workdir=to_flax, overwrite=OVERWRITE.value)
     jax.config.update("jax_enable_x64", True)
     imported, state_dict = read_flax(source) if from_flax else read_torch(source)
     layout = imported.layout if to_flax else LAYOUT.value
     if not to_flax:
-        architecture, *arrays = imported.config.architecture, imported.params, imported.batch_stats
-        state_dict = to_state_dict(architecture, *arrays, step=imported.step, layout=layout)
-        print(account.of_writing(imported, state_dict, layout))
+        state_dict = to_state_dict(
+            imported.config.architecture,
+            imported.params,
+            imported.batch_stats,
+            step=imported.step,
+            layout=layout,
+            prefix="",
+        )
+        print(account.of_writing(imported, state_dict, layout, prefix))
     differences = logit_differences(imported, state_dict, layout)
     found = ", ".join(f"{dtype} {x:.1e}" for dtype, x in differences.items())
     print(f"largest difference of the logits, relative, on {NUM_IMAGES} random images: {found}")
     if to_flax:
         write_workdir(target, imported, choose_preprocess(imported))
     else:
-        files.write(target, state_dict, layout)
+        files.write(target, {prefix + key: x for key, x in state_dict.items()}, layout)
     print(f"written: {target}")
 
 

@@ -30,18 +30,18 @@ def of_reading(imported: Imported, ignored: list[str]) -> str:
     )
 
 
-def of_writing(imported: Imported, state_dict: StateDict, layout: Layout) -> str:
-    """From where it was in Flax to each key of the state dict that is written."""
+def of_writing(imported: Imported, state_dict: StateDict, layout: Layout, prefix: str = "") -> str:
+    """From where it was in Flax to each key that is written, which has the prefix before it."""
     config = imported.config
     blocks = config.architecture.blocks
     origins = {to_key(name, layout, blocks): leaf for name, leaf in leaves_of(imported).items()}
     rows = []
     for key, array in state_dict.items():
         other = COUNTER if key.endswith("num_batches_tracked") else UNUSED
-        rows.append((*origins.get(key, (other, ())), key, array.shape))
+        rows.append((*origins.get(key, (other, ())), prefix + key, array.shape))
     pads_elsewhere = config.shortcut is Shortcut.A and config.channel_pad is not ChannelPad.CENTRE
     note = "note: akamaster's own code pads at the centre, this network at the end"
-    is_misread = layout is Layout.AKAMASTER and pads_elsewhere
+    is_misread = layout in (Layout.AKAMASTER, Layout.AKAMASTER_FC) and pads_elsewhere
     return "\n".join([table(rows), note] if is_misread else [table(rows)])
 
 

@@ -68,17 +68,24 @@ def from_torch(
     return imported.model()
 
 
-def to_torch(model: ResNet, *, layout: Layout = Layout.TWIN, step: int = 0) -> dict[str, Any]:
+def to_torch(
+    model: ResNet, *, layout: Layout = Layout.TWIN, prefix: str | None = None, step: int = 0
+) -> dict[str, Any]:
     """The model's state dict of torch tensors, for `load_state_dict`; shares no memory with it.
 
     Args:
+        prefix: what stands before every key; empty, or ends in a dot. Without it `module.` in
+            akamaster's layout, as in its published files, and nothing in all others.
         step: what BatchNorm's `num_batches_tracked` is to say.
 
     Raises:
-        WeightsError: no network of that layout is like the model, or torch is not installed.
+        WeightsError: no network of that layout is like the model, the prefix lacks its dot, or
+            torch is not installed.
     """
     _, params, batch_stats = split(model)
-    arrays = to_state_dict(model.architecture, params, batch_stats, step=step, layout=layout)
+    arrays = to_state_dict(
+        model.architecture, params, batch_stats, step=step, layout=layout, prefix=prefix
+    )
     return tensors(arrays)
 
 

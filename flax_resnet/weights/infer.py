@@ -27,6 +27,9 @@ USUAL_PREPROCESS = {  # what CIFAR's networks of each layout are usually fed
     Layout.TWIN: Preprocess.MEAN_IMAGE,
     Layout.TORCHVISION: Preprocess.STANDARDIZE,
     Layout.AKAMASTER: Preprocess.IMAGENET,
+    Layout.KUANGLIU: Preprocess.STANDARDIZE,
+    Layout.AKAMASTER_FC: Preprocess.IMAGENET,
+    Layout.HUGGINGFACE: Preprocess.IMAGENET,
     Layout.TANJEFFREYZ: Preprocess.OWN_MEAN,
 }
 
@@ -80,7 +83,8 @@ def infer(
             "if this is one"
         )
     if channel_pad is None:
-        channel_pad = ChannelPad.CENTRE if layout is Layout.AKAMASTER else ChannelPad.END
+        pads_centrally = layout in (Layout.AKAMASTER, Layout.AKAMASTER_FC)
+        channel_pad = ChannelPad.CENTRE if pads_centrally else ChannelPad.END
         if shortcut is Shortcut.A:
             assumed["channel_pad"] = (
                 f"channel_pad {channel_pad.value}, as is usual in the {layout.value} layout. The "

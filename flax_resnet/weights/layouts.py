@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_resnet.config import Architecture, ResNetConfig, Shortcut
+from flax_resnet.config import (
+    TABLE_1,
+    TANJEFFREYZ_STEMS,
+    WIDTHS,
+    Architecture,
+    Block,
+    Projection,
+    Shortcut,
+    Stages,
+    Stem,
+)
 from flax_resnet.errors import WeightsError
 from flax_resnet.weights.templates import fill, parse
 
@@ -22,14 +32,30 @@ class Layout(enum.Enum):
     """Whose keys a state dict has."""
 
     TWIN = "twin"  # torch_ref
-    TORCHVISION = "torchvision"  # also chenyaofo/pytorch-cifar-models
-    AKAMASTER = "akamaster"  # akamaster/pytorch_resnet_cifar10, saved from within DataParallel
+    TORCHVISION = "torchvision"  # also timm and chenyaofo/pytorch-cifar-models
+    AKAMASTER = "akamaster"  # akamaster/pytorch_resnet_cifar10
+    KUANGLIU = "kuangliu"  # kuangliu/pytorch-cifar: akamaster's keys, of networks with four stages
+    AKAMASTER_FC = "akamaster_fc"  # those of the many who call akamaster's classifier `fc`
+    HUGGINGFACE = "huggingface"  # transformers' ResNetForImageClassification
     TANJEFFREYZ = "tanjeffreyz"  # the system that this project reimplements
 
 
+def same_but(classifier: str, shortcut: str) -> tuple[tuple[str, str], ...]:
+    """The table of those who have torchvision's names but for two: most of them."""
+    return (
+        ("conv1", "conv1"),
+        ("bn1", "bn1"),
+        ("stages.{s}.{b}.conv{n}", "layer{s+1}.{b}.conv{n}"),
+        ("stages.{s}.{b}.bn{n}", "layer{s+1}.{b}.bn{n}"),
+        ("stages.{s}.{b}.shortcut.conv", f"layer{{s+1}}.{{b}}.{shortcut}.0"),
+        ("stages.{s}.{b}.shortcut.bn", f"layer{{s+1}}.{{b}}.{shortcut}.1"),
+        ("fc", classifier),
+    )
+
+
 # Pairs of templates for a module, (ours, theirs); `templates.py` says how to read one. The numbers:
-# s is the stage, b the block in its stage, i the block among those of all stages, all from 0;
-# n is the layer in its block, from 1; `all` is how many blocks there are.
+# s is the stage, b the block in its stage, both from 0; n is the layer in its block, from 1. Where
+# all blocks stand in one list, `place` is where a block stands there, and `last` the classifier.
 TABLES: dict[Layout, tuple[tuple[str, str], ...]] = {
     Layout.TWIN: (
         ("conv1", "conv1"),
@@ -40,36 +66,37 @@ TABLES: dict[Layout, tuple[tuple[str, str], ...]] = {
         ("stages.{s}.{b}.shortcut.bn", "stages.{s}.{b}.shortcut.bn"),
         ("fc", "fc"),
     ),
-    Layout.TORCHVISION: (
-        ("conv1", "conv1"),
-        ("bn1", "bn1"),
-        ("stages.{s}.{b}.conv{n}", "layer{s+1}.{b}.conv{n}"),
-        ("stages.{s}.{b}.bn{n}", "layer{s+1}.{b}.bn{n}"),
-        ("stages.{s}.{b}.shortcut.conv", "layer{s+1}.{b}.downsample.0"),
-        ("stages.{s}.{b}.shortcut.bn", "layer{s+1}.{b}.downsample.1"),
-        ("fc", "fc"),
+    Layout.TORCHVISION: same_but("fc", "downsample"),
+    Layout.AKAMASTER: same_but("linear", "shortcut"),
+    Layout.KUANGLIU: same_but("linear", "shortcut"),
+    Layout.AKAMASTER_FC: same_but("fc", "shortcut"),
+    Layout.HUGGINGFACE: (
+        ("conv1", "resnet.embedder.embedder.convolution"),
+        ("bn1", "resnet.embedder.embedder.normalization"),
+        ("stages.{s}.{b}.conv{n}", "resnet.encoder.stages.{s}.layers.{b}.layer.{n-1}.convolution"),
+        ("stages.{s}.{b}.bn{n}", "resnet.encoder.stages.{s}.layers.{b}.layer.{n-1}.normalization"),
+        (
+            "stages.{s}.{b}.shortcut.conv",
+            "resnet.encoder.stages.{s}.layers.{b}.shortcut.convolution",
+        ),
+        (
+            "stages.{s}.{b}.shortcut.bn",
+            "resnet.encoder.stages.{s}.layers.{b}.shortcut.normalization",
+        ),
+        ("fc", "classifier.1"),
     ),
-    Layout.AKAMASTER: (
-        ("conv1", "module.conv1"),
-        ("bn1", "module.bn1"),
-        ("stages.{s}.{b}.conv{n}", "module.layer{s+1}.{b}.conv{n}"),
-        ("stages.{s}.{b}.bn{n}", "module.layer{s+1}.{b}.bn{n}"),
-        ("stages.{s}.{b}.shortcut.conv", "module.layer{s+1}.{b}.shortcut.0"),
-        ("stages.{s}.{b}.shortcut.bn", "module.layer{s+1}.{b}.shortcut.1"),
-        ("fc", "module.linear"),
-    ),
-    Layout.TANJEFFREYZ: (  # one list: the stem, the blocks of all stages, the classifier
+    # One list: the stem, with four stages a max-pool, the blocks of all stages, the classifier.
+    Layout.TANJEFFREYZ: (
         ("conv1", "model.0"),
-        ("stages.{s}.{b}.conv1", "model.{i+1}.model.0"),
-        ("stages.{s}.{b}.bn1", "model.{i+1}.model.1"),
-        ("stages.{s}.{b}.conv2", "model.{i+1}.model.3"),
-        ("stages.{s}.{b}.bn2", "model.{i+1}.model.4"),
-        ("stages.{s}.{b}.shortcut.conv", "model.{i+1}.conv_downsample"),
-        ("fc", "model.{all+1}.model.2"),
+        ("stages.{s}.{b}.conv1", "model.{place}.model.0"),
+        ("stages.{s}.{b}.bn1", "model.{place}.model.1"),
+        ("stages.{s}.{b}.conv2", "model.{place}.model.3"),
+        ("stages.{s}.{b}.bn2", "model.{place}.model.4"),
+        ("stages.{s}.{b}.shortcut.conv", "model.{place}.conv_downsample"),
+        ("fc", "model.{last}.model.2"),
     ),
 }
-# DataParallel puts it before every key. It is written where a table has it, and read everywhere.
-WRAPPER = "module."
+WRAPPER = "module."  # DataParallel puts it before every key
 
 
 # --- The two directions ---------------------------------------------------------------------------
@@ -82,29 +109,39 @@ def to_key(name: str, layout: Layout, blocks: tuple[int, ...]) -> str:
         WeightsError: the layout has no such module.
     """
     module, _, leaf = name.rpartition(".")
+    first = place_of_first(blocks)
     for ours, theirs in TABLES[layout]:
         numbers = parse(ours, module)
         if numbers is not None:
             if "s" in numbers:
-                numbers["i"] = sum(blocks[: numbers["s"]]) + numbers["b"]
-            return f"{fill(theirs, numbers | {'all': sum(blocks)})}.{leaf}"
+                numbers["place"] = first + sum(blocks[: numbers["s"]]) + numbers["b"]
+            return f"{fill(theirs, numbers | {'last': first + sum(blocks)})}.{leaf}"
     raise WeightsError(f"the {layout.value} layout has no key for {name}")
 
 
 def to_name(key: str, layout: Layout, blocks: tuple[int, ...]) -> str | None:
     """Inverse of `to_key`, with DataParallel's prefix or without; None if no name has that key."""
     found = find(key, layout)
-    if found is None or found.numbers.get("all", sum(blocks)) != sum(blocks):
+    if found is None:
         return None
-    numbers = dict(found.numbers)
-    if "i" in numbers:
-        if numbers["i"] >= sum(blocks):
+    numbers, first = dict(found.numbers), place_of_first(blocks)
+    if numbers.get("last", first + sum(blocks)) != first + sum(blocks):
+        return None
+    if "place" in numbers:
+        b = numbers["place"] - first
+        if not 0 <= b < sum(blocks):
             return None
-        numbers["s"], numbers["b"] = 0, numbers["i"]
-        while numbers["b"] >= blocks[numbers["s"]]:
-            numbers["b"] -= blocks[numbers["s"]]
-            numbers["s"] += 1
+        s = 0
+        while b >= blocks[s]:
+            b -= blocks[s]
+            s += 1
+        numbers |= {"s": s, "b": b}
     return f"{fill(found.ours, numbers)}.{key.rpartition('.')[2]}"
+
+
+def place_of_first(blocks: tuple[int, ...]) -> int:
+    """Where the first block stands in one list of everything: a max-pool goes with four stages."""
+    return 2 if len(blocks) == len(WIDTHS[Stages.IMAGENET]) else 1
 
 
 def by_name(state_dict: StateDict, layout: Layout) -> dict[str, str]:
@@ -125,7 +162,11 @@ def by_name(state_dict: StateDict, layout: Layout) -> dict[str, str]:
 
 
 def recognize(state_dict: StateDict) -> Layout:
-    """The layout that has most of the keys. Raises WeightsError if none has those of a block."""
+    """The layout that has most of the keys. Raises WeightsError if none has those of a block.
+
+    Of several with the same keys it is the first in `Layout`, but kuangliu's if there is a fourth
+    stage.
+    """
 
     def known(layout: Layout) -> int:
         rows = [row for key in state_dict if (row := find(key, layout))]
@@ -136,22 +177,33 @@ def recognize(state_dict: StateDict) -> Layout:
         names = ", ".join(layout.value for layout in Layout)
         found = listed(sorted(state_dict)) or "none"
         raise WeightsError(f"the keys must be of a known layout ({names}), got {found}")
+    if layout is Layout.AKAMASTER:
+        rows = [row for key in state_dict if (row := find(key, layout))]
+        if max(row.numbers.get("s", 0) for row in rows) >= len(WIDTHS[Stages.CIFAR]):
+            return Layout.KUANGLIU
     return layout
 
 
 def cut_into_stages(keys: Iterable[str], layout: Layout) -> tuple[int, ...]:
     """How many blocks each stage has, where the keys count them in one list; else nothing.
 
-    The networks of such a layout have three equal stages. Blocks that are too many become the
-    last stage's, so that every key has a name.
+    The networks of such a layout have three equal stages, or behind a max-pool, which leaves a gap
+    in the list, the four of ResNet-18 or 34. Blocks that are too many become the last stage's, so
+    that every key has a name.
     """
-    rows = [row for key in keys if (row := find(key, layout))]
-    lengths = [row.numbers["all"] for row in rows if "all" in row.numbers]
-    lengths = lengths or [row.numbers["i"] + 1 for row in rows if "i" in row.numbers]
-    if not lengths:
+    numbers = [row.numbers for key in keys if (row := find(key, layout))]
+    places = {found["place"] for found in numbers if "place" in found}
+    lasts = [found["last"] for found in numbers if "last" in found]
+    if not places and not lasts:
         return ()
-    n = max(lengths) // 3
-    return n, n, max(lengths) - 2 * n
+    first = 1 if 1 in places or not places else 2
+    total = max(lasts, default=max(places, default=0) + 1) - first
+    if first == 1:
+        n = total // 3
+        return n, n, total - 2 * n
+    known = [row for block, row in TABLE_1.values() if block is Block.BASIC]
+    *most, _ = max((row for row in known if sum(row) <= total), key=sum, default=min(known))
+    return *most, max(total - sum(most), 0)
 
 
 class Found(NamedTuple):
@@ -165,30 +217,68 @@ def find(key: str, layout: Layout) -> Found | None:
     """The row that a key is of, if there is one."""
     module = key.removeprefix(WRAPPER).rpartition(".")[0]
     for ours, theirs in TABLES[layout]:
-        numbers = parse(theirs.removeprefix(WRAPPER), module)
+        numbers = parse(theirs, module)
         if numbers is not None:
             return Found(ours, numbers)
     return None
 
 
+def prefix_to_write(layout: Layout, prefix: str | None) -> str:
+    """What is to stand before every key: `prefix`, or if it is None the layout's usual.
+
+    That is `module.` for akamaster, as in the published files, and nothing for all others.
+
+    Raises:
+        WeightsError: the prefix is not empty and does not end in a dot.
+    """
+    if prefix is None:
+        return WRAPPER if layout is Layout.AKAMASTER else ""
+    if prefix and not prefix.endswith("."):
+        raise WeightsError(
+            f"prefix must be empty or end in a dot, such as {WRAPPER}, got {prefix!r}"
+        )
+    return prefix
+
+
 # --- What else a layout asks for ------------------------------------------------------------------
+
+
+# What the networks of a layout are. A layout that is not here has keys for every network.
+NEEDED: dict[Layout, dict[str, tuple[Any, ...]]] = {
+    Layout.AKAMASTER: {"widths": (WIDTHS[Stages.CIFAR],)},
+    Layout.KUANGLIU: {"widths": (WIDTHS[Stages.IMAGENET],)},
+    Layout.HUGGINGFACE: {
+        "stem": (Stem.CONV7_BN_RELU_POOL,),
+        "shortcut": (Shortcut.B,),
+        "conv_bias": (False,),
+        "projection": (Projection.CONV_BN,),
+    },
+    Layout.TANJEFFREYZ: {
+        "stem": TANJEFFREYZ_STEMS,
+        "block": (Block.BASIC,),
+        "conv_bias": (True,),
+        "projection": (Projection.CONV_BIAS,),
+    },
+}
 
 
 def check_layout(architecture: Architecture, layout: Layout) -> None:
     """Raises WeightsError unless networks of that layout can be such."""
-    if layout is not Layout.TANJEFFREYZ:
-        return
-    fields = ["stem", "conv_bias"]
-    if architecture.shortcut in (Shortcut.B, Shortcut.C):
-        fields.append("projection")
-    found = {name: getattr(architecture, name) for name in fields}
-    usual = ResNetConfig.tanjeffreyz().architecture
-    if any(value is not getattr(usual, name) for name, value in found.items()):
-        values = (f"{name} {getattr(value, 'value', value)}" for name, value in found.items())
+    needed = dict(NEEDED.get(layout, {}))
+    if architecture.shortcut not in (Shortcut.B, Shortcut.C):
+        needed.pop("projection", None)
+    found = {name: getattr(architecture, name) for name in needed}
+    if any(found[name] not in values for name, values in needed.items()):
+        rules = (f"{name} {' or '.join(map(spell, values))}" for name, values in needed.items())
         raise WeightsError(
-            "tanjeffreyz's layout has a bare convolution as stem, biases, and projections "
-            f"without BatchNorm, got {', '.join(values)}"
+            f"{layout.value}'s layout has networks with {', '.join(rules)}, got "
+            f"{', '.join(f'{name} {spell(value)}' for name, value in found.items())}; choose "
+            "another layout"
         )
+
+
+def spell(value: Any) -> str:
+    return str(getattr(value, "value", value))
 
 
 def unused_projections(

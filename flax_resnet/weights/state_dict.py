@@ -32,6 +32,7 @@ from flax_resnet.weights.layouts import (
     by_name,
     check_layout,
     listed,
+    prefix_to_write,
     recognize,
     to_key,
     unused_projections,
@@ -77,21 +78,25 @@ def to_state_dict(
     *,
     step: int = 0,
     layout: Layout = Layout.TWIN,
+    prefix: str | None = None,
 ) -> dict[str, np.ndarray]:
     """The state dict of the same network in PyTorch.
 
     Args:
         step: what BatchNorm's `num_batches_tracked` is to say.
+        prefix: what stands before every key; without it as in the layout's published files,
+            which is `module.` for akamaster's and nothing for all others.
 
     Raises:
-        WeightsError: no network of that layout has such a stem, bias or projection.
+        WeightsError: no network of that layout is like this one, or the prefix lacks its dot.
     """
     check_layout(architecture, layout)
     state = tree_to_torch(params) | tree_to_torch(batch_stats)
     state |= {name: np.array(step, np.int64) for name in counters(state)}
     if layout is Layout.TANJEFFREYZ:
         state = unused_projections(architecture, state["fc.weight"].dtype) | state
-    return {to_key(name, layout, architecture.blocks): state[name] for name in state}
+    prefix = prefix_to_write(layout, prefix)
+    return {prefix + to_key(name, layout, architecture.blocks): state[name] for name in state}
 
 
 def from_state_dict(

@@ -1,14 +1,14 @@
 """Names with numbers in them: filled in, and read back.
 
 In a template such as `layer{s+1}.{b}` a number stands in braces, by its name. It may be shifted by
-a constant: where s is 0 the text says 1.
+a constant: where s is 0 the text of `{s+1}` says 1.
 """
 
 import functools
 import re
 from collections.abc import Mapping
 
-FIELD = re.compile(r"\{(\w+)(\+\d+)?\}")
+FIELD = re.compile(r"\{(\w+)([+-]\d+)?\}")
 # One spelling for each number, so that no two texts are one; and none is absurdly long.
 DIGITS = r"0|[1-9]\d{0,5}"
 
