@@ -32,12 +32,16 @@ about_overrides = ""  # what `define_overrides` was told
 flags.disclaim_key_flags()  # --config belongs to the script that asks for it here
 
 
-def define_config(default: str) -> flags.FlagHolder[str]:
-    """`--config NAME`, or `--config FILE.py` with a `get_config`, and `--config.a.b=value`."""
-    names = ", ".join(config_file.names())
-    text = f"the experiment: a file that ends in .py, or one of {names}"
+def define_config(default: str, names: Collection[str] = ()) -> flags.FlagHolder[str]:
+    """`--config NAME`, or `--config FILE.py` with a `get_config`, and `--config.a.b=value`.
+
+    Args:
+        names: of the settings that the script uses, as in `setting_flags.define`; none for all.
+    """
+    known = ", ".join(config_file.names())
+    text = f"the experiment: a file that ends in .py, or one of {known}"
     holder: Any = flags.DEFINE_string("config", default, text, flag_values=flags.FLAGS)
-    setting_flags.define()
+    setting_flags.define(names)
     return holder
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "evaluate",
     "convert": "convert",
     "export": "export",
+    "describe": "describe",
     "plot": "plot",
     "reproduce": "reproduce",
     "benchmark": "benchmark",
