@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnet.config import Experiment, ProjectionInit, ResNetConfig, Shortcut
+from flax_resnet.config import Experiment, ProjectionInit, ResNetConfig, Shortcut, Stride
 from flax_resnet.errors import ConfigError
 from flax_resnet.studies.recipes import STUDIES, Job, make_jobs, parse_seeds
 
@@ -46,6 +46,21 @@ def test_the_config_files_are_the_papers_networks_and_schedule(
     assert (optim.momentum, optim.weight_decay) == (0.9, 1e-4)
     assert (settings.steps, settings.batch_size) == (64_000, 128)
     assert (config.data.pad, config.data.flip, config.data.validation) == (4, True, 0)
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_the_config_files_for_imagenet_are_the_papers(depth: int) -> None:
+    """Section 3.4; option A in table 2, B of bottlenecks, whose first 1x1 has the stride."""
+    config = of_file(f"imagenet{depth}")
+    config.validate()
+    shortcut = Shortcut.A if depth < 50 else Shortcut.B
+    assert config.model == ResNetConfig.imagenet(depth, shortcut)
+    assert (config.model.num_classes, config.model.stride) == (1000, Stride.CONV1X1)
+    optim, settings = config.optim, config.train
+    assert (optim.peak_lr, optim.decay_factor, optim.warmup_steps) == (0.1, 0.1, 0)
+    assert (optim.momentum, optim.weight_decay) == (0.9, 1e-4)
+    assert (settings.steps, settings.batch_size) == (600_000, 256)
+    assert optim.boundaries == (150_000, 300_000, 450_000)
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])

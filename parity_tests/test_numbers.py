@@ -201,12 +201,14 @@ def test_more_images_than_an_index_can_tell_apart(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", list(Dataset))
-def test_labels_that_a_network_has_no_class_for(name: Dataset) -> None:
-    """Their loss would be NaN."""
+@pytest.mark.parametrize("classes", [9, 11, 1000])
+def test_a_network_must_have_the_classes_of_the_images(name: Dataset, classes: int) -> None:
+    """Of fewer the loss would be NaN, and one of more was made for other images."""
     config = DataConfig(name=name)
     source.check_classes(config, 10)
-    with pytest.raises(ConfigError, match=r"model\.num_classes must be at least 10, the "):
-        source.check_classes(config, 9)
+    message = rf"model\.num_classes must be 10, .* got {classes}; .* --config.model.num_classes=10"
+    with pytest.raises(ConfigError, match=message):
+        source.check_classes(config, classes)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from flax_resnet.data import cifar10, digits
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization, make_normalization
 from flax_resnet.errors import ConfigError
-from flax_resnet.settings import require
 
 CLASSES = {Dataset.CIFAR10: 10, Dataset.DIGITS: 10}
 SPLITS = ("train", "test", "validation")
@@ -43,10 +42,13 @@ def load(config: DataConfig, splits: Collection[str] = SPLITS) -> dict[str, Exam
 
 
 def check_classes(config: DataConfig, num_classes: int) -> None:
-    """Raises ConfigError for a network of fewer classes than the images have."""
+    """Raises ConfigError for a network of other classes than the images have."""
     classes = CLASSES[config.name]
-    rule = f"at least {classes}, the classes of {config.name.value}"
-    require(num_classes >= classes, "model.num_classes", rule, num_classes)
+    if num_classes != classes:
+        raise ConfigError(
+            f"model.num_classes must be {classes}, the classes of {config.name.value}, got "
+            f"{num_classes}; a network for them has --config.model.num_classes={classes}"
+        )
 
 
 def normalization(config: DataConfig) -> Normalization:

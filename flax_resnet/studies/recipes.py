@@ -68,6 +68,19 @@ def tanjeffreyz(depth: int, shortcut: Shortcut) -> Experiment:
     return config
 
 
+def imagenet(depth: int) -> Experiment:
+    """The paper's recipe for ImageNet (section 3.4), with its shortcuts: A, or B of bottlenecks.
+
+    The paper divides the rate by 10 "when the error plateaus", within 60e4 iterations. Here that
+    is after each quarter of them.
+    """
+    shortcut = Shortcut.A if depth < 50 else Shortcut.B
+    config = Experiment(model=ResNetConfig.imagenet(depth, shortcut))
+    config.train.batch_size, config.train.steps = 256, 600_000
+    config.optim.boundaries = (150_000, 300_000, 450_000)
+    return config
+
+
 def both(*depths: int) -> tuple[str, ...]:
     return tuple(f"{shortcut}-{depth}" for depth in depths for shortcut in ("A", "plain"))
 

@@ -1,0 +1,11 @@
+"""ResNet-18 for ImageNet, 224 px, option A (paper, table 2: 27.88 % top-1 error, 10 crops).
+
+python scripts/describe.py --config configs/imagenet18.py
+"""
+
+from flax_resnet.config import Experiment
+from flax_resnet.studies import recipes
+
+
+def get_config() -> Experiment:
+    return recipes.imagenet(18)
