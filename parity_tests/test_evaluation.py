@@ -27,6 +27,7 @@ from flax_resnet import resnet
 from flax_resnet.config import DType, ResNetConfig, Shortcut
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.cpu import compiler_options
+from parity_tests.mutants import one_by_default
 from parity_tests.pair import (
     LARGE,
     QUICK_LARGE,
@@ -191,9 +192,7 @@ def float32_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "mutate",
-    [other_epsilon, batch_statistics, float32_statistics],
-    ids=lambda mutate: mutate.__name__,
+    "mutate", one_by_default([other_epsilon, batch_statistics, float32_statistics])
 )
 def test_a_mutant_differs_at_every_block(mutate: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)

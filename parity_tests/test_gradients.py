@@ -32,6 +32,7 @@ from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.step import measure
 from flax_resnet.weights.trees import tree_to_torch
+from parity_tests.mutants import one_by_default
 from parity_tests.pair import LARGE, Pair, images, make_pair, make_twin, relative, to_torch, torch
 from torch_ref import step as torch_step
 
@@ -204,7 +205,7 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
+@pytest.mark.parametrize("mutate", one_by_default(MUTANTS))
 def test_a_mutant_differs(mutate: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)
     pair = make_pair(ResNetConfig.paper(20, dtype=DType.FLOAT64))

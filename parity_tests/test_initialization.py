@@ -22,6 +22,7 @@ from flax_resnet import resnet
 from flax_resnet.config import Init, Projection, ProjectionInit, ResNetConfig, Shortcut
 from flax_resnet.resnet import ResNet, split
 from flax_resnet.weights.trees import tree_to_torch
+from parity_tests.mutants import one_by_default
 
 NETWORKS = 16
 COMPARISONS = 3 * 156  # of 156 tensors: ours, theirs and the formula
@@ -175,10 +176,9 @@ def test_no_two_tensors_and_no_two_seeds_share_their_numbers() -> None:
 
 
 scaling = nnx.initializers.variance_scaling
-COMPILES_LONG = ("truncated normal", "uniform")
 MUTANTS = {
-    "truncated normal": nnx.initializers.he_normal(),
     "fan out": scaling(2.0, "fan_out", "normal"),
+    "truncated normal": nnx.initializers.he_normal(),
     "both fans": scaling(2.0, "fan_avg", "normal"),
     "gain 1": scaling(1.0, "fan_in", "normal"),
     "uniform": scaling(2.0, "fan_in", "uniform"),
@@ -193,7 +193,7 @@ BIAS_MUTANTS = {
 TORCH = ResNetConfig.tanjeffreyz(8, Shortcut.B)
 
 
-@pytest.mark.parametrize("mutant", BIAS_MUTANTS.values(), ids=BIAS_MUTANTS)
+@pytest.mark.parametrize("mutant", one_by_default(BIAS_MUTANTS))
 def test_a_mutant_of_the_biases_fails(mutant: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {fan_in: mutant(fan_in) for fan_in in (27, 64, 144, 288, 576)}
     monkeypatch.setattr(resnet, "bias_init", lambda config, fan_in: made[fan_in])
@@ -202,19 +202,14 @@ def test_a_mutant_of_the_biases_fails(mutant: Callable, monkeypatch: pytest.Monk
         assert min(p_values.values()) < SMALLEST**2
 
 
+@pytest.mark.slow
 def test_a_classifier_that_starts_normal_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resnet, "torch_uniform", resnet.kaiming_normal)
     p_values = against_formula(TORCH, draw_ours(TORCH))
     assert p_values["fc.weight"] < SMALLEST**2
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        pytest.param(x, id=name, marks=pytest.mark.slow if name in COMPILES_LONG else ())
-        for name, x in MUTANTS.items()
-    ],
-)
+@pytest.mark.parametrize("mutant", one_by_default(MUTANTS))
 def test_a_mutant_fails(mutant: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ResNetConfig.paper(8, Shortcut.B)
     monkeypatch.setattr(resnet, "kaiming_normal", mutant)

@@ -106,6 +106,7 @@ def test_replica_statistics_are_the_same_under_jit_and_pmap(num_devices: int) ->
     assert distance(ours, theirs) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_replica_statistics_are_not_the_global_ones(
     one_device: tuple[TrainState, list[Metrics]],
 ) -> None:
@@ -157,6 +158,7 @@ def test_replica_statistics_are_pytorchs_on_each_share(parallel: Parallel) -> No
         assert pair.relative(array, buffers[name]) <= TOLERANCE
 
 
+@pytest.mark.slow  # test_bfloat16 says how near
 def test_bfloat16_stays_near_float32() -> None:
     """bfloat16 rounds by up to 0.4 %, some 40 times on the way through 20 layers: 5 % allowed."""
     image = jnp.asarray(batches()[0].image, jnp.float32)

@@ -160,9 +160,17 @@ def test_every_prediction_is_pytorchs(
     ("published", "mutant"),
     [
         pytest.param(AKAMASTER, {"channel_pad": ChannelPad.END}, id="akamaster-pad-at-the-end"),
-        pytest.param(TANJEFFREYZ, {"channel_pad": ChannelPad.CENTRE}, id="tanjeffreyz-pad-centred"),
         pytest.param(
-            TANJEFFREYZ, {"shortcut": Shortcut.B}, id="tanjeffreyz-unused-projections-used"
+            TANJEFFREYZ,
+            {"channel_pad": ChannelPad.CENTRE},
+            id="tanjeffreyz-pad-centred",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            TANJEFFREYZ,
+            {"shortcut": Shortcut.B},
+            id="tanjeffreyz-unused-projections-used",
+            marks=pytest.mark.slow,
         ),
         pytest.param(TANJEFFREYZ, {"shortcut": Shortcut.PLAIN}, id="tanjeffreyz-plain"),
     ],

@@ -8,12 +8,12 @@ from faults.fault import Unavailable
 from faults.hostile import FILES
 from faults.table import TABLE
 
-QUICK = {"not_finite": 1}
-# What these do is proven in the quick set as well: test_resume kills, stops and damages no less,
+# Much of it is proven by the default tests as well: test_resume kills and damages no less,
 # test_checkpoint flips, truncates and finds no room, test_cifar10 damages the dataset,
 # test_command_line has two runs in one directory, test_processes another number of devices,
-# test_convert reads hostile files.
-SLOW = {
+# test_convert reads hostile files, test_workdir has a loss that is not finite.
+RUNS = {
+    "not_finite": 1,
     "hostile": len(FILES),
     "kill": 3,  # inside a save, after a step, at any time
     "stop": 4,  # each signal once, and each moment
@@ -38,10 +38,8 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "faults"
 
 
-@pytest.mark.parametrize(
-    ("name", "times"),
-    [*QUICK.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW.items())],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "times"), RUNS.items())
 def test_promise_is_kept(name: str, times: int, at: Path) -> None:
     try:
         results = list(TABLE[name].inflict(times, at))
@@ -52,4 +50,4 @@ def test_promise_is_kept(name: str, times: int, at: Path) -> None:
 
 
 def test_no_fault_is_left_out() -> None:
-    assert sorted(QUICK | SLOW) == sorted(TABLE)
+    assert sorted(RUNS) == sorted(TABLE)

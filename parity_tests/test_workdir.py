@@ -17,7 +17,7 @@ import pytest
 from flax_resnet.config import INCIDENTAL, Dataset, Experiment, Preprocess, Schedule
 from flax_resnet.data import source
 from flax_resnet.data.pixels import make_normalization
-from flax_resnet.errors import CheckpointError, ConfigError, DatasetError
+from flax_resnet.errors import CheckpointError, ConfigError, DatasetError, TrainingError
 from flax_resnet.json_files import read_json, write_json
 from flax_resnet.studies import responses
 from flax_resnet.training import loop, wandb_log, workdir
@@ -156,6 +156,15 @@ def test_a_damaged_data_json_is_an_error(half: Path, text: str) -> None:
     (half / "data.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"data\.json (is not JSON|must be|is damaged)"):
         open_run(half).data_facts()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path: Path) -> None:
+    config = experiment(**{"optim.peak_lr": 1e30, "optim.warmup_steps": 3})
+    with pytest.raises(TrainingError, match=r"(not finite|the loss is nan) at step [456]"):
+        fit(config, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    assert run.step == 3
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(run.state))
 
 
 # --- More steps -----------------------------------------------------------------------------------
