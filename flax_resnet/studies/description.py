@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from flax_resnet.config import ResNetConfig
@@ -103,7 +102,8 @@ def kind(layer: nnx.Module) -> str:
         return "max-pool 3x3, stride 2"
     if isinstance(layer, nnx.Conv):
         *window, c_in, c_out = layer.kernel_shape
-        stride = np.max(layer.strides)  # the same in both directions
+        stride = layer.strides or 1
+        stride = stride if isinstance(stride, int) else max(stride)
         told = f", stride {stride}" if stride > 1 else ""
         return f"{'x'.join(map(str, window))}, {c_in} -> {c_out}{told}"
     assert isinstance(layer, nnx.Linear)
