@@ -64,14 +64,15 @@ def define_overrides(
 
 
 class PlaceParser(flags.ArgumentParser):
-    """Of a flag whose value is a path, or with `buckets` maybe the URL of a bucket."""
+    """Of a flag whose value is a path, or with `buckets` or `hub` maybe a URL of such."""
 
-    def __init__(self, buckets: bool):  # absl wants the arguments kept as they are
-        self.buckets = buckets
+    def __init__(self, buckets: bool, hub: bool = False):  # absl wants the arguments kept as is
+        self.buckets, self.hub = buckets, hub
 
-    def parse(self, argument: str | Path) -> Path | Url:
-        parse = places.place if self.buckets else places.local_path
-        return parse(argument, "it")  # absl names the flag
+    def parse(self, argument: str | Path) -> Path | Url:  # absl names the flag
+        if not self.buckets:
+            return places.local_path(argument, "it")
+        return places.place(argument, "it", hub=self.hub)
 
 
 def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
@@ -79,9 +80,11 @@ def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
     return flags.DEFINE(PlaceParser(buckets=False), name, default, help)
 
 
-def define_place(name: str, default: str | None, help: str) -> flags.FlagHolder:
-    """A flag whose value is a local path or the `Url` of a bucket."""
-    return flags.DEFINE(PlaceParser(buckets=True), name, default, help)
+def define_place(
+    name: str, default: str | None, help: str, *, hub: bool = False
+) -> flags.FlagHolder:
+    """A flag whose value is a local path or the `Url` of a bucket, or with `hub` of a model."""
+    return flags.DEFINE(PlaceParser(buckets=True, hub=hub), name, default, help)
 
 
 def takes_config_file() -> bool:

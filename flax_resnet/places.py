@@ -1,4 +1,4 @@
-"""What a user writes for a place: a path, with `~` and `file://`, or the URL of a bucket."""
+"""What a user writes for a place: a path, with `~` and `file://`, or a bucket's or model's URL."""
 
 import os
 import re
@@ -12,16 +12,17 @@ BUCKETS = (
     "gs",
     "s3",
 )  # schemes, of Google Cloud Storage and of Amazon's S3 and what speaks like it
+HUB = "hf"  # scheme of the Hugging Face Hub
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-KNOWN = re.compile(rf"(file|{'|'.join(BUCKETS)}):", re.IGNORECASE)  # with one slash: a slip
+KNOWN = re.compile(rf"(file|{HUB}|{'|'.join(BUCKETS)}):", re.IGNORECASE)  # with one slash: a slip
 NOT_IN_NAMES = re.compile(r"[\x00-\x1f*?\[\]{}#\\]")  # some store, or fsspec, reads more into these
 
 
 class Url(NamedTuple):
-    """A folder or an object in a bucket."""
+    """A folder or an object in a bucket, or a model on the Hub."""
 
     scheme: str
-    path: str  # BUCKET/NAME, without a slash at either end
+    path: str  # BUCKET/NAME or ORG/NAME, without a slash at either end
 
     @property
     def name(self) -> str:
@@ -35,13 +36,14 @@ class Url(NamedTuple):
         return f"{self.scheme}://{self.path}"
 
 
-def place(text: str | os.PathLike[str], what: str) -> Path | Url:
+def place(text: str | os.PathLike[str], what: str, *, hub: bool = False) -> Path | Url:
     """A local path, with the home directory in the place of `~`; or a URL of gs:// or s3://.
 
     Variables such as $HOME are the shell's affair.
 
     Args:
         what: the name of the flag or setting, for the message.
+        hub: whether it may also be hf://ORG/NAME, which holds weights but no run.
 
     Raises:
         ConfigError: it is empty, a URL of another kind, or `~NAME` of a user that there is not.
@@ -50,8 +52,13 @@ def place(text: str | os.PathLike[str], what: str) -> Path | Url:
     scheme = scheme_of(text)
     if scheme in BUCKETS:
         return bucket_url(text, scheme, what)
+    if scheme == HUB and hub:
+        names = [name for name in text.partition("://")[2].split("/") if name]
+        if len(names) < 2:
+            raise ConfigError(f"{what} must be {HUB}://ORG/NAME, got {text}")
+        return Url(HUB, "/".join(names))
     if scheme not in ("", "file"):
-        known = " or ".join(f"{scheme}://" for scheme in BUCKETS)
+        known = " or ".join(f"{scheme}://" for scheme in BUCKETS + (HUB,) * hub)
         raise ConfigError(f"{what} must be a local path, or a URL of {known}, got {text}")
     return local_path(text, what)
 

@@ -20,7 +20,7 @@ from flax_resnet import places
 from flax_resnet.config import INCIDENTAL, SCHEDULE
 from flax_resnet.errors import CheckpointError, UserError
 from flax_resnet.parallel import processes
-from flax_resnet.places import Url
+from flax_resnet.places import HUB, Url
 from flax_resnet.training import bucket
 from flax_resnet.training.bucket import Bucket, Files, sha256, steps_of
 from flax_resnet.training.checkpoint import one_line
@@ -28,6 +28,7 @@ from flax_resnet.training.lease import Lease, patience
 from flax_resnet.training.signals import Stopped, stop_signal
 from flax_resnet.training.workdir import difference, read_config
 from flax_resnet.weights import files as weights
+from flax_resnet.weights import hub
 
 log = logging.getLogger(__name__)
 
@@ -274,19 +275,22 @@ class Mirror:
 
 
 def fetch(place: Path | Url, *, checkpoints: bool = True) -> Path:
-    """A local path of what `place` names; of a URL a copy, removed when this process ends.
+    """A local path of what `place` names; of a bucket's a copy, removed when this process ends.
 
     Args:
-        place: a run (its newest whole checkpoint is fetched), RUN/checkpoints/STEP, or a file of
-            weights.
+        place: a run (its newest whole checkpoint is fetched), RUN/checkpoints/STEP, a file of
+            weights, or a model on the Hub, which stays in the Hub's own cache.
         checkpoints: whether any are fetched.
 
     Raises:
+        WeightsError: the Hub has no such model, or cannot be reached.
         ConfigError: the store's driver is not installed.
         CheckpointError: it cannot be reached, or there is no such thing, or it is damaged.
     """
     if isinstance(place, Path):
         return place
+    if place.scheme == HUB:
+        return hub.fetch(str(place))
     temporary = Path(tempfile.mkdtemp(prefix="flax-resnet-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     with usable(place):
