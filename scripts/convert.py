@@ -1,6 +1,6 @@
 """A network from PyTorch to Flax or back: `python scripts/convert.py SRC DST`.
 
-SRC is a PyTorch file (.pt, .pth, .th, .safetensors) in any layout that `Layout` names, a run's
+SRC is a PyTorch file (of torch.save, or safetensors) in any layout that `Layout` names, a run's
 work directory, or one of its checkpoints, WORKDIR/checkpoints/STEP or WORKDIR/checkpoints/best.
 DST's ending says what is written: a PyTorch file, or without an ending a work directory, which
 scripts/evaluate.py and this script read. Printed are every key with its shape and where it went,
@@ -12,19 +12,22 @@ projections that tanjeffreyz's files hold but do not use (named in the table).
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from absl import flags
 
 from flax_resnet import cli, places
 from flax_resnet.config import ChannelPad, Preprocess, Shortcut, Stride
+from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError
 from flax_resnet.training.converted import check_target, is_workdir_name, write_workdir
 from flax_resnet.training.mirror import fetch
-from flax_resnet.training.workdir import is_run, open_run
+from flax_resnet.training.workdir import is_run, open_run, read_data_facts
 from flax_resnet.weights import account, files
+from flax_resnet.weights.header import Header
 from flax_resnet.weights.infer import usual_preprocess
-from flax_resnet.weights.layouts import Layout, StateDict, prefix_to_write
+from flax_resnet.weights.layouts import Layout, StateDict, by_name, prefix_to_write
 from flax_resnet.weights.state_dict import Imported, from_state_dict, to_state_dict
 from torch_ref.compare.agreement import NUM_IMAGES, logit_differences
 
@@ -32,8 +35,8 @@ LAYOUT = flags.DEFINE_enum_class("layout", Layout.TWIN, Layout, "keys of the PyT
 PREFIX = flags.DEFINE_string(
     "prefix",
     None,
-    "what stands before every key of the PyTorch file to write, such as module.; default: module. "
-    "in akamaster's layout, nothing in all others",
+    "what stands before every key that is written, such as module.; default: module. in "
+    "akamaster's layout, nothing in all others",
 )
 SHORTCUT = flags.DEFINE_enum_class(
     "shortcut", None, Shortcut, "of a PyTorch SRC: plain networks and shortcut A have the same keys"
@@ -52,25 +55,39 @@ STRIDE = flags.DEFINE_enum_class(
 )
 DEPTH = flags.DEFINE_integer("depth", None, "what a PyTorch SRC must be")
 PREPROCESS = flags.DEFINE_enum_class(
-    "preprocess", None, Preprocess, "for a DST directory's config.json; default: the layout's usual"
+    "preprocess",
+    None,
+    Preprocess,
+    "of a PyTorch SRC, for a DST that is a directory or .safetensors; default: the layout's usual",
+)
+ENTRY = flags.DEFINE_string(
+    "entry", None, "of a PyTorch SRC with several state dicts: its name, such as state_dict_ema"
+)
+RENAME = flags.DEFINE_multi_string(
+    "rename", [], "of a PyTorch SRC with other keys: 'OLD=NEW', a regular expression; repeatable"
+)
+IGNORE = flags.DEFINE_multi_string(
+    "ignore", [], "of a PyTorch SRC with keys too many: a regular expression; repeatable"
 )
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace DST if it is there")
 
 
 def main(src: str, dst: str) -> None:
     target, to_flax = places.local_path(dst, "DST"), is_workdir_name(dst)
-    source = fetch(places.place(src, "SRC"))
+    source = fetch(places.place(src, "SRC", hub=True))
     from_flax = is_run(source)
     if to_flax and from_flax:
         raise ConfigError(f"{source} and {target} are both Flax's: nothing to convert")
-    for flag in (LAYOUT, PREFIX) if to_flax else (PREPROCESS,):
+    for flag in (LAYOUT, PREFIX) if to_flax else ():
         if flag.present:
-            raise ConfigError(f"--{flag.name} would change nothing: DST is {kind_of(to_flax)}")
+            raise ConfigError(f"--{flag.name} would change nothing: DST is a work directory")
+    if PREPROCESS.present and not to_flax and target.suffix != ".safetensors":
+        raise ConfigError("--preprocess would change nothing: DST has no place for it")
     prefix = prefix_to_write(LAYOUT.value, PREFIX.value)
     check_target(target, is_workdir=to_flax, overwrite=OVERWRITE.value)
     jax.config.update("jax_enable_x64", True)
-    imported, state_dict = read_flax(source) if from_flax else read_torch(source)
-    layout = imported.layout if to_flax else LAYOUT.value
+    read = read_flax(source) if from_flax else read_torch(source)
+    imported, named, layout, state_dict = read.imported, read.named, LAYOUT.value, {}
     if not to_flax:
         state_dict = to_state_dict(
             imported.config.architecture,
@@ -81,49 +98,73 @@ def main(src: str, dst: str) -> None:
             prefix="",
         )
         print(account.of_writing(imported, state_dict, layout, prefix))
-    differences = logit_differences(imported, state_dict, layout)
+        named = {name: state_dict[key] for name, key in by_name(state_dict, layout).items()}
+    differences = logit_differences(imported, named)
     found = ", ".join(f"{dtype} {x:.1e}" for dtype, x in differences.items())
     print(f"largest difference of the logits, relative, on {NUM_IMAGES} random images: {found}")
     if to_flax:
-        write_workdir(target, imported, choose_preprocess(imported))
+        write_workdir(target, imported, choose_preprocess(read))
     else:
-        files.write(target, {prefix + key: x for key, x in state_dict.items()}, layout)
+        header = Header(
+            imported.config.architecture, read.preprocess, read.normalization, imported.assumed
+        )
+        files.write(target, {prefix + key: x for key, x in state_dict.items()}, layout, header)
     print(f"written: {target}")
 
 
-def kind_of(is_flax: bool) -> str:
-    return "a work directory" if is_flax else "a PyTorch file"
+class Read(NamedTuple):
+    """What SRC holds."""
+
+    imported: Imported
+    named: StateDict  # by the twin's names, as PyTorch has them; of a PyTorch file
+    preprocess: Preprocess | None  # None: it does not tell
+    normalization: Normalization | None
 
 
-def read_torch(path: Path) -> tuple[Imported, StateDict]:
-    contents = files.read(path)
+def read_torch(path: Path) -> Read:
+    contents = files.read(path, ENTRY.value)
     imported = from_state_dict(
         contents.state_dict,
         shortcut=SHORTCUT.value,
         channel_pad=CHANNEL_PAD.value,
         stride=STRIDE.value,
         depth=DEPTH.value,
+        header=contents.header,
+        rename=RENAME.value,
+        ignore=IGNORE.value,
     )
     if CHANNEL_PAD.present and imported.config.shortcut is not Shortcut.A:
         raise ConfigError("--channel_pad would change nothing: only shortcut A pads channels")
     print(f"read: {path}, layout {imported.layout.value}, step {imported.step}")
-    print(account.of_reading(imported, contents.ignored))
-    return imported, contents.state_dict
+    print(account.of_reading(imported, contents.ignored, contents.told))
+    named = {name: contents.state_dict[key] for key, name, _ in imported.placements}
+    told = contents.preprocess
+    if PREPROCESS.present and told not in (None, PREPROCESS.value):
+        raise ConfigError(
+            f"--preprocess must be {told.value}, as the header of {path} says, got "
+            f"{PREPROCESS.value.value}"
+        )
+    told = told or PREPROCESS.value
+    return Read(imported, named, told, contents.header and contents.header.normalization)
 
 
-def read_flax(path: Path) -> tuple[Imported, StateDict]:
-    if any(flag.present for flag in (SHORTCUT, CHANNEL_PAD, STRIDE, DEPTH)):
+def read_flax(path: Path) -> Read:
+    own = (SHORTCUT, CHANNEL_PAD, STRIDE, DEPTH, PREPROCESS, ENTRY, RENAME, IGNORE)
+    if any(flag.present for flag in own):
         raise ConfigError(f"{path} says itself what its network is: no --shortcut and the like")
     run = open_run(path)
     print(f"read: {run.directory}, step {run.step}")
     print(f"network: {account.describe(run.config.model)}")
     weights = run.state.params, run.state.batch_stats
-    return Imported(run.config.model, *weights, run.step, Layout.TWIN, [], {}), {}
+    imported = Imported(run.config.model, *weights, run.step, Layout.TWIN, [], {})
+    facts = read_data_facts(run.directory)
+    return Read(imported, {}, run.config.data.preprocess, facts and facts.normalization)
 
 
-def choose_preprocess(imported: Imported) -> Preprocess:
-    if PREPROCESS.present:
-        return PREPROCESS.value
+def choose_preprocess(read: Read) -> Preprocess:
+    if read.preprocess is not None:
+        return read.preprocess
+    imported = read.imported
     usual = usual_preprocess(imported.config.architecture, imported.layout)
     print(
         f"assumed: preprocess {usual.value}, as is usual for such networks in the "

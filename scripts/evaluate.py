@@ -30,14 +30,29 @@ from flax_resnet.step import TrainState, init
 from flax_resnet.training.evaluation import Evaluation, make_evaluate_by_batch_statistics
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run, read_config, read_data_facts
-from flax_resnet.weights import files
+from flax_resnet.weights import account, files
 from flax_resnet.weights.infer import usual_preprocess
 from flax_resnet.weights.state_dict import Imported, from_state_dict
 
 CHECKPOINT = cli.define_place(
     "checkpoint",
     None,
-    "WORKDIR, WORKDIR/checkpoints/STEP, .../best or a PyTorch file; also by a bucket's URL",
+    "WORKDIR, WORKDIR/checkpoints/STEP, .../best or a PyTorch file; also by a bucket's URL, or a "
+    "model on the Hub, hf://ORG/NAME",
+    hub=True,
+)
+ENTRY = flags.DEFINE_string(
+    "entry",
+    None,
+    "of weights from PyTorch, with several state dicts: its name, such as state_dict_ema",
+)
+RENAME = flags.DEFINE_multi_string(
+    "rename",
+    [],
+    "of weights from PyTorch with other keys: 'OLD=NEW', a regular expression; repeatable",
+)
+IGNORE = flags.DEFINE_multi_string(
+    "ignore", [], "of weights from PyTorch with keys too many: a regular expression; repeatable"
 )
 PREPROCESS = flags.DEFINE_enum_class("preprocess", None, Preprocess, "how pixels become numbers")
 BATCH_STATISTICS = flags.DEFINE_bool(
@@ -71,7 +86,6 @@ def main() -> None:
     subject = read_run(path) if is_run(path) else read_torch(path)
     config, params, batch_stats, constants, title = subject
     print(f"{title}, preprocess {config.data.preprocess.value}")
-    source.check_classes(config.data, config.model.num_classes)
     test = source.load(config.data, ("test",))["test"]
     mesh = sharding.data_mesh()
     if BATCH_STATISTICS.value:
@@ -85,6 +99,9 @@ def main() -> None:
 
 
 def read_run(path: Path) -> Subject:
+    for flag in (ENTRY, RENAME, IGNORE):
+        if flag.present:
+            raise ConfigError(f"--{flag.name} would change nothing: {path} is no PyTorch file")
     run = open_run(path)
     config = with_preprocess(cli.override(read_config(run.directory)))
     if config.model.architecture != run.config.model.architecture:
@@ -93,6 +110,7 @@ def read_run(path: Path) -> Subject:
             "scan_blocks and remat of a run, nothing else"
         )
     kept = read_data_facts(run.directory)
+    source.check_classes(config.data, config.model.num_classes)
     # Also where a run kept nothing, such as a converted one: of the data that the flags name.
     is_kept = kept is not None and config.data.preprocess is run.config.data.preprocess
     check_flags(config, uses_training_images=not is_kept)
@@ -102,18 +120,24 @@ def read_run(path: Path) -> Subject:
 
 
 def read_torch(path: Path) -> Subject:
-    contents = files.read(path)
-    told = cli.overrides()
+    contents = files.read(path, ENTRY.value)
+    told, header = cli.overrides(), contents.header
     imported = from_state_dict(
         contents.state_dict,
         shortcut=told.get("model.shortcut"),
         channel_pad=told.get("model.channel_pad"),
         stride=told.get("model.stride"),
         depth=told.get("model.depth"),
+        header=header,
+        rename=RENAME.value,
+        ignore=IGNORE.value,
     )
+    for line in account.unwrapping(imported, contents.told):
+        print(line)
     for assumption in imported.assumed.values():
         print(f"assumed: {assumption}")
-    preprocess = usual_preprocess(imported.config.architecture, imported.layout)
+    preprocess = contents.preprocess
+    preprocess = preprocess or usual_preprocess(imported.config.architecture, imported.layout)
     usual = DataConfig(preprocess=preprocess)
     model = dataclasses.replace(imported.config)
     config = with_preprocess(cli.override(Experiment(model=model, data=usual)))
@@ -123,9 +147,17 @@ def read_torch(path: Path) -> Subject:
             "channel_pad, stride, depth, dtype, scan_blocks and remat of a PyTorch file, nothing "
             "else"
         )
-    check_flags(config, uses_training_images=True)
+    source.check_classes(config.data, config.model.num_classes)
+    if contents.preprocess and config.data.preprocess is not preprocess:
+        raise ConfigError(
+            f"data.preprocess must be {preprocess.value}, as the header of {path} says, got "
+            f"{config.data.preprocess.value}"
+        )
+    constants = header and header.normalization
+    check_flags(config, uses_training_images=constants is None)
+    constants = constants or source.normalization(config.data)
     title = f"{path}, layout {imported.layout.value}"
-    return Subject(config, *arrays(config, imported), source.normalization(config.data), title)
+    return Subject(config, *arrays(config, imported), constants, title)
 
 
 def arrays(config: Experiment, weights: TrainState | Imported) -> tuple[Tree, Tree]:

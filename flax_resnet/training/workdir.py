@@ -27,6 +27,7 @@ from flax_resnet.parallel import processes
 from flax_resnet.step import TrainState, init
 from flax_resnet.training.checkpoint import load_state, names, steps_saved
 from flax_resnet.training.metrics_log import read_metrics
+from flax_resnet.weights.files import is_folder
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +115,6 @@ def claimed(workdir: Path, config: Experiment) -> Iterator[Experiment | None]:
         if not has_begun(workdir):
             return None
         done = steps_done(workdir)
-        if done > config.train.steps:  # such as a converted file's
-            raise ConfigError(
-                f"train.steps must be at least {done}, the steps that {workdir} has seen, got "
-                f"{config.train.steps}; or choose another --workdir, where --config.init={workdir} "
-                "begins anew from its weights"
-            )
         if 0 < done < config.train.steps and not steps_saved(workdir):
             raise CheckpointError(
                 f"{workdir} is finished at step {done}, and has no checkpoint to go on from; copy "
@@ -322,7 +317,7 @@ def read_data_facts(workdir: Path) -> DataFacts | None:
 def is_run(path: Path) -> bool:
     """Whether `path` is meant as a run or a checkpoint of it, rather than as a file."""
     if path.exists():
-        return path.is_dir()
+        return path.is_dir() and not is_folder(path)
     return path.parent.name == "checkpoints" and not path.suffix
 
 

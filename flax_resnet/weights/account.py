@@ -1,6 +1,6 @@
 """What is told of a conversion: where every key went, what was assumed, what the network is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from flax_resnet.config import ChannelPad, Experiment, ResNetConfig, Shortcut
 from flax_resnet.weights.layouts import Layout, StateDict, to_key
@@ -11,23 +11,31 @@ Shape = tuple[int, ...]
 KeyRow = tuple[str, Shape, str, Shape]  # from where, of what shape; to where, of what shape
 
 
-def of_reading(imported: Imported, ignored: list[str]) -> str:
+def of_reading(imported: Imported, ignored: Sequence[str], told: Sequence[str] = ()) -> str:
     """From each key of a PyTorch file to where it went in Flax.
 
     Args:
         ignored: what the file holds beside the state dict.
+        told: how the state dict was found in the file.
     """
     leaves = leaves_of(imported)
     rows = [(key, shape, *leaves.get(name, (name, ()))) for key, name, shape in imported.placements]
-    unused = [key for key, name, _ in imported.placements if name == UNUSED] + ignored
+    unused = [key for key, name, _ in imported.placements if name == UNUSED]
     return "\n".join(
         [
             table(rows),
-            f"unused: {', '.join(unused) or 'nothing'}",
+            f"unused: {', '.join([*unused, *ignored]) or 'nothing'}",
+            *unwrapping(imported, told),
             *(f"assumed: {assumption}" for assumption in imported.assumed.values()),
             f"network: {describe(imported.config)}",
         ]
     )
+
+
+def unwrapping(imported: Imported, told: Sequence[str]) -> list[str]:
+    """The line that says what was around the state dict; none if nothing was."""
+    parts = [*told, *imported.told]
+    return [f"unwrapped: {'; '.join(parts)}"] if parts else []
 
 
 def of_writing(imported: Imported, state_dict: StateDict, layout: Layout, prefix: str = "") -> str:

@@ -4,28 +4,46 @@ Nothing in a file is ever executed: `torch.load(weights_only=True)`, or safetens
 imported only where a file or a tensor needs it, so that the library does without.
 """
 
+import argparse
+import contextlib
 import logging
 import os
+import pathlib
 import pickle
 import re
+import types
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import ml_dtypes
 import numpy as np
+import safetensors
 import safetensors.numpy
 
-from flax_resnet.config import ChannelPad, Shortcut, Stride
+from flax_resnet import places
+from flax_resnet.config import ChannelPad, Preprocess, Shortcut, Stride
 from flax_resnet.errors import WeightsError
 from flax_resnet.resnet import ResNet, split
-from flax_resnet.weights.layouts import Layout, StateDict, listed
+from flax_resnet.settings import accepted, shown
+from flax_resnet.weights import hub
+from flax_resnet.weights.header import Header, from_metadata, to_metadata
+from flax_resnet.weights.kinds import Kind, is_plain_pickle, kind_of, module_class
+from flax_resnet.weights.layouts import Layout, StateDict
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
+from flax_resnet.weights.wrappings import choose, is_tensor
 
 log = logging.getLogger(__name__)
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".th")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
+OF_FOLDERS = (hub.SAFETENSORS, hub.PICKLE)  # of the Hub's models
+# Classes that a pickle may have beside its tensors. Those of NumPy make its numbers and arrays.
+HARMLESS = (argparse.Namespace, types.SimpleNamespace, np.ndarray, np.dtype)
+PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 
 
 class Contents(NamedTuple):
@@ -33,36 +51,70 @@ class Contents(NamedTuple):
 
     state_dict: dict[str, np.ndarray]
     ignored: list[str]  # entries beside the state dict, such as best_prec1
+    told: list[str]  # in a few words each, how the state dict was found
+    header: Header | None = None  # of our own safetensors files
+
+    @property
+    def preprocess(self) -> Preprocess | None:
+        """What the network's images go through; None if the file does not tell."""
+        return self.header and self.header.preprocess
 
 
 def from_torch(
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    source: Any,
     *,
-    shortcut: Shortcut | None = None,
-    channel_pad: ChannelPad | None = None,
-    stride: Stride | None = None,
+    shortcut: Shortcut | str | None = None,
+    channel_pad: ChannelPad | str | None = None,
+    stride: Stride | str | None = None,
     depth: int | None = None,
+    entry: str | None = None,
+    rename: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
 ) -> ResNet:
     """A ready model, in evaluation mode (`model.train()` for more training), from PyTorch's.
 
     Args:
-        source: a .pt, .pth, .th or .safetensors file, or a state dict of tensors or arrays, in any
-            layout of `Layout`. It and the model share no memory.
+        source: a file of torch.save or safetensors; an `nn.Module`; or a state dict of tensors, or
+            of NumPy's or JAX's arrays, in any layout of `Layout`, also within other dicts. It and
+            the model share no memory.
         shortcut, channel_pad, stride, depth: what the keys cannot tell; see `from_state_dict`.
             What is assumed is logged as a warning.
+        entry: the name of the state dict, where there are several; see `wrappings.choose`.
+        rename, ignore: what to do with keys of other names first; see `wrappings.bare`.
 
     Raises:
         WeightsError: it is no state dict of such a network; the message names the key.
+        ConfigError: an argument is none that there is.
         OSError: the file cannot be read.
     """
-    contents = unwrap(source) if isinstance(source, Mapping) else read(Path(source))
+    if isinstance(source, str | os.PathLike):
+        place = places.place(source, "source", hub=True)
+        if isinstance(place, places.Url):
+            if place.scheme != places.HUB:
+                raise WeightsError(
+                    f"source must be here or on the Hub, got {place}; fetch it first"
+                )
+            place = hub.fetch(str(place))
+        contents = read(place, entry=entry)
+    elif isinstance(source, Mapping) or callable(getattr(source, "state_dict", None)):
+        contents = unwrap(source, entry=entry)
+    else:
+        raise WeightsError(
+            "source must be a file, a state dict or a module of PyTorch, got "
+            f"{type(source).__name__} {shown(source)}"
+        )
     imported = from_state_dict(
         contents.state_dict,
-        shortcut=shortcut,
-        channel_pad=channel_pad,
-        stride=stride,
-        depth=depth,
+        shortcut=accepted("shortcut", Shortcut | None, shortcut),
+        channel_pad=accepted("channel_pad", ChannelPad | None, channel_pad),
+        stride=accepted("stride", Stride | None, stride),
+        depth=accepted("depth", int | None, depth),
+        header=contents.header,
+        rename=[rename] if isinstance(rename, str) else rename,
+        ignore=[ignore] if isinstance(ignore, str) else ignore,
     )
+    if told := [*contents.told, *imported.told]:
+        log.info("unwrapped: %s", "; ".join(told))
     for assumption in imported.assumed.values():
         log.warning("assumed: %s", assumption)
     return imported.model()
@@ -89,47 +141,113 @@ def to_torch(
     return tensors(arrays)
 
 
-def read(path: Path) -> Contents:
+def read(path: Path, entry: str | None = None) -> Contents:
     """The state dict in a file, by itself or inside a dict such as {"state_dict": ...}.
 
+    Args:
+        path: the file, or the folder of one of the Hub's models.
+        entry: which one, where there are several; see `wrappings.choose`.
+
     Raises:
-        WeightsError: the file is damaged, holds code or no state dict, or claims more than it has.
+        WeightsError: the file is damaged, holds code or no state dict, or claims more than it has;
+            of a file of another kind the message says what it is.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    if path.is_dir():
+        return read(file_in(path), entry)
+    size = path.stat().st_size
     if size == 0:
         raise WeightsError(f"{path} is empty")
+    kind = kind_of(path)
     try:
-        if path.suffix == ".safetensors":
-            return unwrap(safetensors.numpy.load_file(path))
-        check_archive(path, size)
-        return unwrap(import_torch().load(path, map_location="cpu", weights_only=True), size)
+        if kind is Kind.SAFETENSORS:
+            contents = read_safetensors(path, entry)
+        else:
+            check_archive(path, size)
+            # Given by its name, torch.load would go by the ending.
+            with harmless_classes(), path.open("rb") as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of what it then refuses
+                content = import_torch().load(file, map_location="cpu", weights_only=True)
+            contents = unwrap(content, size, entry=entry)
     except WeightsError as e:
         raise WeightsError(f"{path}: {e}") from e
     except pickle.UnpicklingError as e:
+        if name := module_class(path):
+            raise WeightsError(
+                f"{path} holds a whole pickled model ({name}), which would run code, so it is not "
+                "read; ask for a state dict alone, of torch.save(model.state_dict(), ...)"
+            ) from e
         if code := re.search(r"GLOBAL (\S+)", str(e)):
             raise WeightsError(
                 f"{path} would run code ({code[1]}), so it is not read; ask for a state dict alone"
             ) from e
-        raise unreadable(path, e) from e
+        if is_plain_pickle(path):
+            raise WeightsError(
+                f"{path} is a pickle, but not of torch.save: if you trust it, read it with pickle "
+                "and give its arrays to flax_resnet.from_torch"
+            ) from e
+        raise unreadable(path, kind, e) from e
     # Neither torch nor safetensors says what it raises for a damaged file: OSError too.
     except Exception as e:
-        raise unreadable(path, e) from e
+        raise unreadable(path, kind, e) from e
+    is_named_so = (kind is Kind.SAFETENSORS) is (path.suffix == ".safetensors")
+    if path.suffix in SUFFIXES and not is_named_so:
+        contents.told.insert(0, f"a {kind.value} file, whatever its name says")
+    return contents
 
 
-def write(path: Path, state_dict: StateDict, layout: Layout) -> None:
+def file_in(folder: Path) -> Path:
+    """The file of weights in a folder. Raises WeightsError if there is none."""
+    found = [folder / name for name in OF_FOLDERS if (folder / name).is_file()]
+    if not found:
+        raise WeightsError(f"{folder} must hold {' or '.join(OF_FOLDERS)}, or be a work directory")
+    return found[0]
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder of weights, not of a run."""
+    return path.is_dir() and any((path / name).is_file() for name in OF_FOLDERS)
+
+
+def read_safetensors(path: Path, entry: str | None) -> Contents:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = from_metadata(file.metadata())
+        # Since ml_dtypes is imported, NumPy knows bfloat16.
+        return unwrap(file.get_tensors(), entry=entry)._replace(header=header)
+
+
+@contextlib.contextmanager
+def harmless_classes() -> Iterator[None]:
+    """Lets torch.load make numbers of NumPy, paths, and what argparse returns; none runs code."""
+    serialization = import_torch().serialization
+    numpy = np._core.multiarray  # pyright: ignore
+    types_of_numbers = {type(np.dtype(letter)) for letter in np.typecodes["All"] if letter != "O"}
+    found: list[Any] = [*HARMLESS, *types_of_numbers]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
+        found += [(numpy.scalar, f"{module}.scalar")]
+        found += [(numpy._reconstruct, f"{module}._reconstruct")]
+    for module in ("pathlib", "pathlib._local"):
+        found += [(pathlib.PurePath, f"{module}.{name}") for name in PATHS]
+    # Those that the user allowed stay allowed.
+    known = serialization.get_safe_globals()
+    with serialization.safe_globals([x for x in found if x not in known]):
+        yield
+
+
+def write(path: Path, state_dict: StateDict, layout: Layout, header: Header | None = None) -> None:
     """Writes a state dict, whole or not at all; the path's ending says the kind of file.
 
     A pickle in akamaster's layout is what that project's `trainer.py --resume` reads: epoch 0, no
     precision measured, and the state dict.
+
+    Args:
+        header: what a safetensors file says of its network.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".safetensors":
-            metadata = {"format": "pt"}  # without it PyTorch's readers refuse the file
-            safetensors.numpy.save_file(dict(state_dict), temporary, metadata)
+            safetensors.numpy.save_file(dict(state_dict), temporary, to_metadata(header))
         else:
             content: dict[str, Any] = tensors(state_dict)
             if layout is Layout.AKAMASTER:
@@ -141,66 +259,56 @@ def write(path: Path, state_dict: StateDict, layout: Layout) -> None:
 
 
 def tensors(arrays: StateDict) -> dict[str, Any]:
-    """Torch tensors that share no memory with the arrays."""
+    """Torch tensors that share no memory with the arrays; bfloat16 becomes float32."""
     torch = import_torch()
-    return {key: torch.tensor(array) for key, array in arrays.items()}
+    return {
+        key: torch.tensor(array.astype(np.float32) if is_bfloat16(array) else array)
+        for key, array in arrays.items()
+    }
 
 
-def unwrap(content: Any, size: int | None = None) -> Contents:
+def is_bfloat16(array: np.ndarray) -> bool:
+    return array.dtype == ml_dtypes.bfloat16
+
+
+def unwrap(content: Any, size: int | None = None, *, entry: str | None = None) -> Contents:
     """The state dict that `content` is or holds, as arrays that share the tensors' memory.
 
     Args:
         size: of the file in bytes, which the tensors cannot exceed.
+        entry: which one, where there are several; see `wrappings.choose`.
 
     Raises:
         WeightsError: it holds none, or several, or something that is no tensor.
     """
-    ignored: list[str] = []
-    if not (isinstance(content, Mapping) and has_tensors(content)):
-        entries: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
-        names = [key for key, value in entries.items() if has_tensors(value)]
-        if "state_dict" in names:
-            names = ["state_dict"]
-        if len(names) != 1:
-            found = listed([str(key) for key in entries]) or type(content).__name__
-            raise WeightsError(f"there must be one state dict, of names and tensors, got {found}")
-        ignored = [str(key) for key in entries if key != names[0]]
-        content = entries[names[0]]
-    for key, value in content.items():
+    found, ignored, told = choose(content, entry)
+    for key, value in found.items():
         if not isinstance(key, str) or not is_tensor(value):
             raise WeightsError(f"{key} must be a tensor, got {type(value).__name__}")
     if size is not None:
-        claimed = sum(value.nbytes for value in content.values())
+        claimed = sum(value.nbytes for value in found.values())
         if claimed > size:
-            key = max(content, key=lambda key: content[key].nbytes)
+            key = max(found, key=lambda key: found[key].nbytes)
             raise WeightsError(
                 f"the tensors must fit into the file's {size} bytes, got {claimed}; the largest is "
-                f"{key}, of shape {tuple(content[key].shape)}"
+                f"{key}, of shape {tuple(found[key].shape)}"
             )
-    return Contents({key: to_array(key, value) for key, value in content.items()}, ignored)
+    return Contents({key: to_array(key, value) for key, value in found.items()}, ignored, told)
 
 
 def to_array(key: str, tensor: Any) -> np.ndarray:
     """An array of a tensor's memory. Raises WeightsError for one that no array can be."""
-    if isinstance(tensor, np.ndarray):
-        return tensor
+    if isinstance(tensor, np.ndarray | np.generic | jax.Array):
+        return np.asarray(tensor)
     if tensor.device.type == "meta" or str(tensor.layout) != "torch.strided":
         raise WeightsError(f"{key} must be a dense tensor, got {tensor.layout} on {tensor.device}")
     tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # unknown to NumPy; every number of it is a float32
-        tensor = tensor.float()
     try:
+        if str(tensor.dtype) == "torch.bfloat16":  # of which torch makes no array
+            return tensor.view(import_torch().int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
     except (TypeError, RuntimeError) as e:
         raise WeightsError(f"{key} must have a type of floating point, got {tensor.dtype}") from e
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, np.ndarray) or hasattr(value, "detach")
-
-
-def has_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(map(is_tensor, value.values()))
 
 
 def check_archive(path: Path, size: int) -> None:
@@ -212,10 +320,9 @@ def check_archive(path: Path, size: int) -> None:
             raise WeightsError(f"an archive of {size} bytes cannot hold {claimed}")
 
 
-def unreadable(path: Path, error: Exception) -> WeightsError:
-    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+def unreadable(path: Path, kind: Kind, error: Exception) -> WeightsError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return WeightsError(f"{path} is no {kind} file, or is damaged ({reason})")
+    return WeightsError(f"{path} is no {kind.value} file, or is damaged ({reason})")
 
 
 def import_torch() -> Any:

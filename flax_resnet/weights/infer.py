@@ -1,6 +1,7 @@
 """Which network a state dict by name holds, and what has to be assumed where it does not tell."""
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ def infer(
     channel_pad: ChannelPad | None = None,
     stride: Stride | None = None,
     projection: Projection | None = None,
+    in_file: Callable[[str], str] = str,
 ) -> Inferred:
     """The network of a state dict by name.
 
@@ -65,11 +67,12 @@ def infer(
         state: may lack arrays or have too many: what follows is to compare it with the network's.
         layout: the one it was read from, which settles what is usual.
         shortcut, channel_pad, stride, projection: if known; else told by the names, or assumed.
+        in_file: what a key of the layout is called in the file, for messages.
 
     Raises:
         WeightsError: it has no stem, no classifier, or too few stages.
     """
-    block, widths, blocks = tell_stages(state, layout)
+    block, widths, blocks = tell_stages(state, layout, in_file)
     assumed: dict[str, str] = {}
     if shortcut is None:
         shortcut = tell_shortcut(state, layout, sum(blocks))
@@ -116,7 +119,9 @@ def infer(
     return Inferred(architecture, DType.FLOAT64 if is_double else DType.FLOAT32, assumed)
 
 
-def tell_stages(state: StateDict, layout: Layout) -> tuple[Block, tuple[int, ...], tuple[int, ...]]:
+def tell_stages(
+    state: StateDict, layout: Layout, in_file: Callable[[str], str] = str
+) -> tuple[Block, tuple[int, ...], tuple[int, ...]]:
     """The kind of block, and the widths and numbers of blocks of the stages.
 
     If no network has just these blocks, it is the nearest: in a network for CIFAR, of 3, 3 and 2
@@ -140,7 +145,7 @@ def tell_stages(state: StateDict, layout: Layout) -> tuple[Block, tuple[int, ...
         rows = [blocks for kind, blocks in TABLE_1.values() if kind is block]
         blocks = min(rows, key=lambda row: sum(abs(a - b) for a, b in zip(row, found, strict=True)))
     for name, dims in (("conv1.weight", 4), ("fc.weight", 2)):
-        key = to_key(name, layout, blocks)
+        key = in_file(to_key(name, layout, blocks))
         if name not in state or 0 in blocks:
             missing = "of a second stage" if 0 in blocks else key
             *most, last = map(str, found)

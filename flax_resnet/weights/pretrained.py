@@ -20,6 +20,7 @@ from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet
 from flax_resnet.shipped import WEIGHTS
 from flax_resnet.weights import files
+from flax_resnet.weights.header import Header
 from flax_resnet.weights.layouts import Layout
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 
@@ -59,8 +60,12 @@ def load_pretrained(
             f"got {digest}"
         )
     model = card.config.model
+    contents = files.read(path)
+    if contents.header is not None and contents.header.architecture != model.architecture:
+        raise WeightsError(f"{path} holds another network than its card says")
     imported = from_state_dict(
-        files.read(path).state_dict,
+        contents.state_dict,
+        header=contents.header,
         shortcut=model.shortcut,
         channel_pad=model.channel_pad,
         stride=model.stride,
@@ -141,7 +146,8 @@ def write(
     if path.suffix != ".safetensors":
         raise ConfigError(f"OUT must end in .safetensors, got {path}")
     state_dict = to_state_dict(config.model.architecture, params, batch_stats, step=step)
-    files.write(path, state_dict, Layout.TWIN)
+    header = Header(config.model.architecture, config.data.preprocess, normalization)
+    files.write(path, state_dict, Layout.TWIN, header)
     tree = {
         "format": FORMAT,
         "sha256": sha256(path),

@@ -3,11 +3,14 @@
 `layouts.py` knows the keys, `infer.py` the network, `trees.py` the arrays' axes. None needs torch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -24,9 +27,9 @@ from flax_resnet.config import (
 from flax_resnet.errors import WeightsError
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet, abstract
+from flax_resnet.weights.header import Header
 from flax_resnet.weights.infer import infer
 from flax_resnet.weights.layouts import (
-    WRAPPER,
     Layout,
     StateDict,
     by_name,
@@ -38,6 +41,7 @@ from flax_resnet.weights.layouts import (
     unused_projections,
 )
 from flax_resnet.weights.trees import counters, torch_shapes, tree_from_torch, tree_to_torch
+from flax_resnet.weights.wrappings import bare
 
 COUNTER = "(training step)"
 UNUSED = "(unused projection)"
@@ -61,6 +65,7 @@ class Imported(NamedTuple):
     layout: Layout
     placements: list[Placement]
     assumed: dict[str, str]  # by field, what the state dict does not tell, in a sentence or two
+    told: Sequence[str] = ()  # in a few words each, what was taken from its keys
 
     def model(self) -> ResNet:
         """The network itself, in evaluation mode."""
@@ -107,6 +112,9 @@ def from_state_dict(
     stride: Stride | None = None,
     projection: Projection | None = None,
     depth: int | None = None,
+    header: Header | None = None,
+    rename: Sequence[str] = (),
+    ignore: Sequence[str] = (),
 ) -> Imported:
     """The Flax network of a PyTorch state dict, whose layout and options its keys tell.
 
@@ -124,14 +132,25 @@ def from_state_dict(
         projection: what projections are made of, if that is known: the keys show it where there
             are any. Without it a network that has none is of the family with such a stem.
         depth: what it must be, if that is known; the keys show what it is.
+        header: what the file says itself: then nothing is assumed.
+        rename, ignore: what to do with keys of other names first; see `wrappings.bare`.
 
     Raises:
         WeightsError: a key is missing, unknown or misshapen, or a number is not finite; the
-            message names the key and what was expected.
+            message names the key, as the state dict has it, and what was expected. Or the header
+            says something else than the tensors or the arguments.
     """
-    layout = recognize(state_dict)
-    keys = by_name(state_dict, layout)
-    state = {name: np.asarray(state_dict[key]) for name, key in keys.items()}
+    unwrapped = bare(state_dict, rename=rename, ignore=ignore)
+    layout = recognize(unwrapped.state_dict)
+    bare_keys = by_name(unwrapped.state_dict, layout)
+    keys = {name: unwrapped.keys[key] for name, key in bare_keys.items()}
+    state = {name: unwrapped.state_dict[key] for name, key in bare_keys.items()}
+    if header is not None:
+        header = agreed(header, shortcut=shortcut, channel_pad=channel_pad, stride=stride)
+        header = agreed(header, projection=projection)
+        told = header.architecture
+        shortcut, channel_pad = told.shortcut, told.channel_pad
+        stride, projection = told.stride, told.projection
     architecture, dtype, assumed = infer(
         state,
         layout,
@@ -139,7 +158,14 @@ def from_state_dict(
         channel_pad=channel_pad,
         stride=stride,
         projection=projection,
+        in_file=unwrapped.in_file,
     )
+    if header is not None:  # what no key shows is the header's, all else must agree
+        epsilon = header.architecture.batch_norm_epsilon
+        architecture = dataclasses.replace(architecture, batch_norm_epsilon=epsilon)
+        if different := differences(header.architecture, architecture):
+            raise WeightsError(f"the header says another network than the tensors: {different}")
+        assumed |= header.assumed
     config = ResNetConfig.of(architecture, dtype=dtype)
     network = f"a network of depth {config.depth} and shortcut {config.shortcut.value}"
     if depth is not None and depth != config.depth:
@@ -163,22 +189,32 @@ def from_state_dict(
     check_keys(
         network,
         missing={
-            key_among(state_dict, to_key(name, layout, architecture.blocks)): shape
+            unwrapped.in_file(to_key(name, layout, architecture.blocks)): shape
             for name, shape in shapes.items()
             if name not in keys
         },
-        unknown=[key for key in state_dict if names.get(key) not in known],
+        unknown=[key for key in unwrapped.keys.values() if names.get(key) not in known],
     )
     placements: list[Placement] = []
     for name, array in state.items():
+        if name in tracked:
+            array = array.reshape(()) if array.size == 1 else array
         check_array(keys[name], name, array, known[name], network)
         where = COUNTER if name in tracked else UNUSED if name in unused else name
-        placements.append(Placement(keys[name], where, array.shape))
+        placements.append(Placement(keys[name], where, state[name].shape))
 
     types = {array.dtype.name for name, array in state.items() if name in shapes}
     if narrow := sorted(types - {"float32", "float64"}):
         assumed["dtype"] = f"{' and '.join(narrow)} numbers widened to {dtype.value}"
-    steps = {int(state[name]) for name in tracked if name in state}
+    counts = [state[name] for name in tracked if name in state]
+    counted = {f"{x.dtype}" + " of one element" * (x.ndim > 0) for x in counts} - {"int64", "int32"}
+    wrappings = [*unwrapped.told]
+    if counted:
+        wrappings.append(f"BatchNorm's counters are {' and '.join(sorted(counted))}")
+    steps = {int(count.item()) for count in counts if np.isfinite(count).all()}
+    if any(not np.isfinite(count).all() for count in counts):
+        assumed["step"] = f"step 0 (BatchNorm's counters are too large for {counts[0].dtype})"
+        steps = set()
     if len(steps) > 1:
         assumed["step"] = f"step 0 (BatchNorm's counters disagree: {min(steps)} to {max(steps)})"
     return Imported(
@@ -189,6 +225,7 @@ def from_state_dict(
         layout,
         placements,
         assumed,
+        wrappings,
     )
 
 
@@ -210,10 +247,39 @@ def check_keys(
         raise WeightsError(f"not the state dict of {network}: {'; '.join(parts)}")
 
 
-def key_among(keys: Iterable[str], key: str) -> str:
-    """The key, with DataParallel's prefix if all the others have it, and only then."""
-    key = key.removeprefix(WRAPPER)
-    return WRAPPER + key if all(other.startswith(WRAPPER) for other in keys) else key
+def agreed(header: Header, **told: Any) -> Header:
+    """The header, with what the user tells in the place of what it only assumes.
+
+    Raises:
+        WeightsError: the user tells something else than the header knows.
+    """
+    architecture, assumed = header.architecture, dict(header.assumed)
+    for name, value in told.items():
+        theirs = getattr(architecture, name)
+        if None in (value, theirs):
+            continue
+        if assumed.pop(name, None):
+            architecture = dataclasses.replace(architecture, **{name: value})
+        elif value is not theirs:
+            raise WeightsError(
+                f"{name} must be {shown(theirs)}, as the file's header says, got {shown(value)}"
+            )
+    return header._replace(architecture=architecture, assumed=assumed)
+
+
+def differences(theirs: Architecture, ours: Architecture) -> str:
+    """Such as "num_classes 10 there, 100 here"; empty if there are none."""
+    pairs = {
+        field.name: (getattr(theirs, field.name), getattr(ours, field.name))
+        for field in dataclasses.fields(Architecture)
+    }
+    return ", ".join(
+        f"{name} {shown(a)}, not {shown(b)}" for name, (a, b) in pairs.items() if a != b
+    )
+
+
+def shown(value: Any) -> str:
+    return str(value.value if isinstance(value, enum.Enum) else value)
 
 
 def last_block(keys: Mapping[str, str]) -> str:
@@ -235,7 +301,10 @@ def check_array(
     if array.shape != shape:
         raise WeightsError(f"{key} must have shape {shape} in {network}, got {array.shape}")
     if name.endswith("num_batches_tracked"):
-        if not np.issubdtype(array.dtype, np.integer) or not 0 <= array <= LAST_STEP:
+        is_number = array.dtype.kind in "iuf" or array.dtype == ml_dtypes.bfloat16
+        count = float(array) if is_number else np.nan
+        # A type of floating point may be too small for the number of steps: infinite.
+        if count != np.inf and not (0 <= count <= LAST_STEP and count.is_integer()):
             raise WeightsError(f"{key} must be an integer from 0 to {LAST_STEP}, got {array}")
         return
     if array.dtype.name not in ("float64", "float32", "float16", "bfloat16"):

@@ -13,7 +13,7 @@ from flax_resnet.errors import WeightsError
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import abstract
 from flax_resnet.weights import files
-from flax_resnet.weights.layouts import Layout, StateDict, by_name
+from flax_resnet.weights.layouts import StateDict
 from flax_resnet.weights.state_dict import Imported
 from torch_ref.resnet import ResNet
 
@@ -21,27 +21,24 @@ NUM_IMAGES = 8
 LIMIT = {DType.FLOAT32: 1e-3, DType.FLOAT64: 1e-9}  # rounding alone: 1e-6 and 1e-15
 
 
-def logit_differences(
-    imported: Imported, state_dict: StateDict, layout: Layout = Layout.TWIN
-) -> dict[str, float]:
+def logit_differences(imported: Imported, state_dict: StateDict) -> dict[str, float]:
     """Largest difference of the logits on random images, over the largest logit, by compute type.
 
     Args:
         imported: for Flax.
-        state_dict: for PyTorch, by the keys of `layout`; those of no tensor are left aside.
+        state_dict: for PyTorch, by the twin's names; those of no tensor are left aside.
 
     Raises:
         WeightsError: further apart than rounding explains.
     """
     channels = imported.config.image_channels
     image = np.random.default_rng(0).normal(size=(NUM_IMAGES, 32, 32, channels))
-    named = {name: state_dict[key] for name, key in by_name(state_dict, layout).items()}
     found = {}
     for dtype in LIMIT:
         config = dataclasses.replace(imported.config, dtype=dtype)
         with jax.enable_x64(True):
             ours = flax_logits(config, imported, image)
-        theirs = torch_logits(config, named, image)
+        theirs = torch_logits(config, state_dict, image)
         found[dtype.value] = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not all(found[dtype.value] <= limit for dtype, limit in LIMIT.items()):
         raise WeightsError(f"the two networks' logits differ by more than rounding ({found})")
