@@ -93,9 +93,13 @@ def test_what_no_key_tells_is_assumed_and_said(
     state = to_state_dict(family(14, shortcut).architecture, *trees, layout=layout)
     found = from_state_dict(state)
     assert (found.config.shortcut, found.config.channel_pad) == (shortcut, pad)
+    doubts = [*doubts, "batch_norm_epsilon 1e-05", "batch_norm_momentum 0.1"]
     assert len(found.assumed) == len(doubts)
     for sentence, doubt in zip(found.assumed.values(), doubts, strict=True):
         assert doubt in sentence
+    told = from_state_dict(state, batch_norm_epsilon=1e-3)
+    assert told.config.batch_norm_epsilon == 1e-3
+    assert found.assumed.keys() - told.assumed.keys() == {"batch_norm_epsilon"}
 
 
 def test_a_network_without_a_second_stage_is_refused() -> None:

@@ -157,6 +157,9 @@ def test_what_is_in_doubt_is_said() -> None:
     half["bn1.num_batches_tracked"] += 5
     contents = files.unwrap(half)
     assert from_state_dict(contents.state_dict).assumed == {
+        "batch_norm_epsilon": "batch_norm_epsilon 1e-05, as in PyTorch",
+        "batch_norm_momentum": "batch_norm_momentum 0.1, as in PyTorch; it matters in training "
+        "alone",
         "dtype": "float16 numbers widened to float32",
         "step": "step 0 (BatchNorm's counters disagree: 0 to 5)",
     }

@@ -130,7 +130,8 @@ def test_the_report_is_strict(published: Published) -> None:
     assert [place.key for place in imported.placements] == list(contents.state_dict)
     assert [place.key for place in imported.placements if place.name == UNUSED] == published.unused
     # Neither plain nor the padding can be told from A's keys.
-    assert list(imported.assumed) == ["shortcut", "channel_pad"]
+    told_by_none = ["shortcut", "channel_pad", "batch_norm_epsilon", "batch_norm_momentum"]
+    assert list(imported.assumed) == told_by_none
 
 
 @pytest.mark.parametrize("published", BOTH)
@@ -296,7 +297,7 @@ def test_files_of_the_torchvision_layout(shortcut: Shortcut, wrapped: bool, tmp_
     assert (imported.layout, imported.config.shortcut) == (Layout.TORCHVISION, shortcut)
     assert imported.step == 3
     assert contents.ignored == (["optimizer", "epoch"] if wrapped else [])
-    assert imported.assumed == {}
+    assert list(imported.assumed) == ["batch_norm_epsilon", "batch_norm_momentum"]
     ours = flax_resnet.from_torch(path)
     assert relative(jax.jit(lambda x: ours(x))(image), theirs) <= 1e-12
     net.load_state_dict(flax_resnet.to_torch(ours, layout=Layout.TORCHVISION, step=3))

@@ -39,6 +39,10 @@ from parity_tests.pair import torch
 from torch_ref.resnet import ResNet as TorchResNet
 
 State = dict[str, Any]
+UNTOLD = {  # by any file but our own
+    "batch_norm_epsilon": "batch_norm_epsilon 1e-05, as in PyTorch",
+    "batch_norm_momentum": "batch_norm_momentum 0.1, as in PyTorch; it matters in training alone",
+}
 
 
 @functools.cache
@@ -271,7 +275,9 @@ def test_counters_that_are_none() -> None:
     every = {k: x.half() + 1e6 if k.endswith("tracked") else x for k, x in STATE.items()}
     found, _ = imported(every)
     assert found.step == 0
-    assert found.assumed == {"step": "step 0 (BatchNorm's counters are too large for float16)"}
+    assert found.assumed == UNTOLD | {
+        "step": "step 0 (BatchNorm's counters are too large for float16)"
+    }
 
 
 def test_bfloat16_in_either_kind_of_file(tmp_path: Path) -> None:
@@ -281,7 +287,7 @@ def test_bfloat16_in_either_kind_of_file(tmp_path: Path) -> None:
     for source in (path, save(state, tmp_path / "a.pth"), state):
         assert_is(unwrapped(source)[0], state)
     found, _ = imported(path)
-    assert found.assumed == {"dtype": "bfloat16 numbers widened to float32"}
+    assert found.assumed == UNTOLD | {"dtype": "bfloat16 numbers widened to float32"}
     np.testing.assert_array_equal(found.params["fc"]["bias"], state["fc.bias"].float().numpy())
 
 
@@ -501,9 +507,11 @@ NORMALIZATION = make_normalization(Preprocess.IMAGENET)
 
 
 def test_our_own_file_says_what_no_key_tells(tmp_path: Path) -> None:
-    path = written(tmp_path, Header(PLAIN.architecture, Preprocess.IMAGENET, NORMALIZATION), PLAIN)
+    told = Header(PLAIN.architecture, Preprocess.IMAGENET, NORMALIZATION, batch_norm_momentum=0.2)
+    path = written(tmp_path, told, PLAIN)
     found, _ = imported(path)
     assert found.config.architecture == PLAIN.architecture
+    assert found.config.batch_norm_momentum == 0.2
     assert found.assumed == {}
     contents = files.read(path)
     assert contents.preprocess is Preprocess.IMAGENET

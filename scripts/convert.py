@@ -3,9 +3,10 @@
 SRC is a PyTorch file (of torch.save, or safetensors) in any layout that `Layout` names, a run's
 work directory, or one of its checkpoints, WORKDIR/checkpoints/STEP or WORKDIR/checkpoints/best.
 DST's ending says what is written: a PyTorch file, or without an ending a work directory, which
-scripts/evaluate.py and this script read. Printed are every key with its shape and where it went,
-what the file does not tell and was assumed, and how far the two networks' logits on the same random
-images are apart.
+scripts/evaluate.py and this script read; with --layout=huggingface it is a folder of transformers.
+SRC may be such a folder, too. Printed are every key with its shape and where it went, what the file
+does not tell and was assumed, and how far the two networks' logits on the same random images are
+apart.
 
 Not converted: the optimizer's state (a new work directory begins with momentum 0), and the
 projections that tanjeffreyz's files hold but do not use (named in the table).
@@ -53,6 +54,11 @@ STRIDE = flags.DEFINE_enum_class(
     Stride,
     "of a PyTorch SRC with bottlenecks: its keys do not show which convolution halves the image",
 )
+EPSILON = flags.DEFINE_float(
+    "batch_norm_epsilon",
+    None,
+    "of a PyTorch SRC: its keys do not show it; default: PyTorch's, 1e-5",
+)
 DEPTH = flags.DEFINE_integer("depth", None, "what a PyTorch SRC must be")
 PREPROCESS = flags.DEFINE_enum_class(
     "preprocess",
@@ -73,7 +79,8 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace DST if it is there")
 
 
 def main(src: str, dst: str) -> None:
-    target, to_flax = places.local_path(dst, "DST"), is_workdir_name(dst)
+    target, to_folder = places.local_path(dst, "DST"), is_workdir_name(dst)
+    to_flax = to_folder and LAYOUT.value is not Layout.HUGGINGFACE
     source = fetch(places.place(src, "SRC", hub=True))
     from_flax = is_run(source)
     if to_flax and from_flax:
@@ -81,10 +88,12 @@ def main(src: str, dst: str) -> None:
     for flag in (LAYOUT, PREFIX) if to_flax else ():
         if flag.present:
             raise ConfigError(f"--{flag.name} would change nothing: DST is a work directory")
-    if PREPROCESS.present and not to_flax and target.suffix != ".safetensors":
+    if PREPROCESS.present and not to_folder and target.suffix != ".safetensors":
         raise ConfigError("--preprocess would change nothing: DST has no place for it")
     prefix = prefix_to_write(LAYOUT.value, PREFIX.value)
-    check_target(target, is_workdir=to_flax, overwrite=OVERWRITE.value)
+    if to_folder and prefix:
+        raise ConfigError("--prefix would make a folder that transformers does not read")
+    check_target(target, is_workdir=to_folder, overwrite=OVERWRITE.value)
     jax.config.update("jax_enable_x64", True)
     read = read_flax(source) if from_flax else read_torch(source)
     imported, named, layout, state_dict = read.imported, read.named, LAYOUT.value, {}
@@ -106,9 +115,17 @@ def main(src: str, dst: str) -> None:
         write_workdir(target, imported, choose_preprocess(read))
     else:
         header = Header(
-            imported.config.architecture, read.preprocess, read.normalization, imported.assumed
+            imported.config.architecture,
+            read.preprocess,
+            read.normalization,
+            imported.config.batch_norm_momentum,
+            imported.assumed,
         )
-        files.write(target, {prefix + key: x for key, x in state_dict.items()}, layout, header)
+        state_dict = {prefix + key: array for key, array in state_dict.items()}
+        if to_folder:
+            files.write_folder(target, state_dict, header)
+        else:
+            files.write(target, state_dict, layout, header)
     print(f"written: {target}")
 
 
@@ -128,6 +145,7 @@ def read_torch(path: Path) -> Read:
         shortcut=SHORTCUT.value,
         channel_pad=CHANNEL_PAD.value,
         stride=STRIDE.value,
+        batch_norm_epsilon=EPSILON.value,
         depth=DEPTH.value,
         header=contents.header,
         rename=RENAME.value,
@@ -149,7 +167,7 @@ def read_torch(path: Path) -> Read:
 
 
 def read_flax(path: Path) -> Read:
-    own = (SHORTCUT, CHANNEL_PAD, STRIDE, DEPTH, PREPROCESS, ENTRY, RENAME, IGNORE)
+    own = (SHORTCUT, CHANNEL_PAD, STRIDE, EPSILON, DEPTH, PREPROCESS, ENTRY, RENAME, IGNORE)
     if any(flag.present for flag in own):
         raise ConfigError(f"{path} says itself what its network is: no --shortcut and the like")
     run = open_run(path)

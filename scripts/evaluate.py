@@ -63,7 +63,7 @@ cli.define_overrides(
     "The run's own hold where none is given; the defaults of a new run are:",
     (
         *("data.name", "data.dir", "data.preprocess", "data.validation"),
-        *("model.depth", "model.shortcut", "model.channel_pad"),
+        *("model.depth", "model.shortcut", "model.channel_pad", "model.batch_norm_epsilon"),
         *("model.dtype", "model.scan_blocks", "model.remat"),
         "train.eval_batch_size",
     ),
@@ -127,6 +127,7 @@ def read_torch(path: Path) -> Subject:
         shortcut=told.get("model.shortcut"),
         channel_pad=told.get("model.channel_pad"),
         stride=told.get("model.stride"),
+        batch_norm_epsilon=told.get("model.batch_norm_epsilon"),
         depth=told.get("model.depth"),
         header=header,
         rename=RENAME.value,
@@ -144,8 +145,8 @@ def read_torch(path: Path) -> Subject:
     if config.model.architecture != imported.config.architecture:
         raise ConfigError(
             f"{path} tells itself what its network is; --config.model takes the shortcut, "
-            "channel_pad, stride, depth, dtype, scan_blocks and remat of a PyTorch file, nothing "
-            "else"
+            "channel_pad, stride, batch_norm_epsilon, depth, dtype, scan_blocks and remat of a "
+            "PyTorch file, nothing else"
         )
     source.check_classes(config.data, config.model.num_classes)
     if contents.preprocess and config.data.preprocess is not preprocess:

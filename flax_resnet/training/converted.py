@@ -14,10 +14,11 @@ from flax_resnet.json_files import write_json
 from flax_resnet.optim import make_optimizer
 from flax_resnet.step import Metrics, TrainState
 from flax_resnet.training.checkpoint import Checkpoints, load_state
-from flax_resnet.weights import files
+from flax_resnet.weights import files, hub
 from flax_resnet.weights.state_dict import Imported
 
-CONTENT = {"config.json", "checkpoints"}
+# Of a work directory, and of a folder of Hugging Face's.
+CONTENTS = ({"config.json", "checkpoints"}, {"config.json", hub.SAFETENSORS})
 
 
 def write_workdir(target: Path, imported: Imported, preprocess: Preprocess) -> None:
@@ -69,7 +70,7 @@ def is_workdir_name(name: str) -> bool:
 def check_target(target: Path, *, is_workdir: bool, overwrite: bool) -> None:
     """Raises ConfigError unless `target` can be written, so that nothing but old weights is lost.
 
-    A work directory with a log, or with anything else that `write_workdir` does not make, stays.
+    A work directory with a log, or with anything else that convert.py does not make, stays.
     """
     if not target.exists():
         return
@@ -77,6 +78,7 @@ def check_target(target: Path, *, is_workdir: bool, overwrite: bool) -> None:
         raise ConfigError(f"{target} is there already; --overwrite replaces it")
     is_ours = target.is_dir() == is_workdir
     if is_ours and is_workdir:
-        is_ours = {path.name for path in target.iterdir()} <= CONTENT
+        found = {path.name for path in target.iterdir()}
+        is_ours = any(found <= content for content in CONTENTS)
     if not is_ours:
         raise ConfigError(f"{target} is nothing that convert.py wrote; remove it yourself")

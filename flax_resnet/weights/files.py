@@ -11,6 +11,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import types
 import warnings
 import zipfile
@@ -27,12 +28,14 @@ import safetensors.numpy
 from flax_resnet import places
 from flax_resnet.config import ChannelPad, Preprocess, Shortcut, Stride
 from flax_resnet.errors import WeightsError
+from flax_resnet.json_files import write_json
 from flax_resnet.resnet import ResNet, split
 from flax_resnet.settings import accepted, shown
-from flax_resnet.weights import hub
+from flax_resnet.weights import hub, huggingface
 from flax_resnet.weights.header import Header, from_metadata, to_metadata
 from flax_resnet.weights.kinds import Kind, is_plain_pickle, kind_of, module_class
 from flax_resnet.weights.layouts import Layout, StateDict
+from flax_resnet.weights.refusals import refuse_by_keys
 from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 from flax_resnet.weights.wrappings import choose, is_tensor
 
@@ -66,6 +69,7 @@ def from_torch(
     shortcut: Shortcut | str | None = None,
     channel_pad: ChannelPad | str | None = None,
     stride: Stride | str | None = None,
+    batch_norm_epsilon: float | None = None,
     depth: int | None = None,
     entry: str | None = None,
     rename: str | Sequence[str] = (),
@@ -77,7 +81,8 @@ def from_torch(
         source: a file of torch.save or safetensors; an `nn.Module`; or a state dict of tensors, or
             of NumPy's or JAX's arrays, in any layout of `Layout`, also within other dicts. It and
             the model share no memory.
-        shortcut, channel_pad, stride, depth: what the keys cannot tell; see `from_state_dict`.
+        shortcut, channel_pad, stride, batch_norm_epsilon, depth: what the keys cannot tell; see
+            `from_state_dict`.
             What is assumed is logged as a warning.
         entry: the name of the state dict, where there are several; see `wrappings.choose`.
         rename, ignore: what to do with keys of other names first; see `wrappings.bare`.
@@ -108,6 +113,7 @@ def from_torch(
         shortcut=accepted("shortcut", Shortcut | None, shortcut),
         channel_pad=accepted("channel_pad", ChannelPad | None, channel_pad),
         stride=accepted("stride", Stride | None, stride),
+        batch_norm_epsilon=accepted("batch_norm_epsilon", float | None, batch_norm_epsilon),
         depth=accepted("depth", int | None, depth),
         header=contents.header,
         rename=[rename] if isinstance(rename, str) else rename,
@@ -145,7 +151,7 @@ def read(path: Path, entry: str | None = None) -> Contents:
     """The state dict in a file, by itself or inside a dict such as {"state_dict": ...}.
 
     Args:
-        path: the file, or the folder of one of the Hub's models.
+        path: the file, or the folder of one of the Hub's models, whose config.json is heeded.
         entry: which one, where there are several; see `wrappings.choose`.
 
     Raises:
@@ -154,7 +160,12 @@ def read(path: Path, entry: str | None = None) -> Contents:
         OSError: it cannot be read.
     """
     if path.is_dir():
-        return read(file_in(path), entry)
+        contents = read(file_in(path), entry)
+        config = path / huggingface.CONFIG
+        told = huggingface.read_config(config) if config.is_file() else None
+        return (
+            contents if told is None else contents._replace(header=contents.header or Header(told))
+        )
     size = path.stat().st_size
     if size == 0:
         raise WeightsError(f"{path} is empty")
@@ -258,6 +269,20 @@ def write(path: Path, state_dict: StateDict, layout: Layout, header: Header | No
         temporary.unlink(missing_ok=True)
 
 
+def write_folder(path: Path, state_dict: StateDict, header: Header) -> None:
+    """Writes a folder of Hugging Face's, whole or not at all; what was there is replaced."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary / hub.SAFETENSORS, state_dict, Layout.HUGGINGFACE, header)
+        write_json(temporary / huggingface.CONFIG, huggingface.to_config(header.architecture))
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def tensors(arrays: StateDict) -> dict[str, Any]:
     """Torch tensors that share no memory with the arrays; bfloat16 becomes float32."""
     torch = import_torch()
@@ -282,6 +307,7 @@ def unwrap(content: Any, size: int | None = None, *, entry: str | None = None) -
         WeightsError: it holds none, or several, or something that is no tensor.
     """
     found, ignored, told = choose(content, entry)
+    refuse_by_keys({str(key): str(key) for key in found})  # what follows says less
     for key, value in found.items():
         if not isinstance(key, str) or not is_tensor(value):
             raise WeightsError(f"{key} must be a tensor, got {type(value).__name__}")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flax_resnet.config import Architecture, Preprocess
+from flax_resnet.config import Architecture, Preprocess, ResNetConfig
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.settings import accepted, types_of
@@ -25,6 +25,7 @@ class Header(NamedTuple):
     architecture: Architecture
     preprocess: Preprocess | None = None
     normalization: Normalization | None = None  # its constants
+    batch_norm_momentum: float = ResNetConfig.batch_norm_momentum
     assumed: Mapping[str, str] = {}  # by setting, what was only assumed when the file was written
 
 
@@ -40,6 +41,7 @@ def to_metadata(header: Header | None) -> dict[str, str]:
             for name, value in dataclasses.asdict(header.architecture).items()
         },
         "assumed": {x: text for x, text in header.assumed.items() if x in types_of(Architecture)},
+        "batch_norm_momentum": header.batch_norm_momentum,
         "preprocess": header.preprocess and header.preprocess.value,
         "normalization": header.normalization and header.normalization.to_dict(),
     }
@@ -65,10 +67,11 @@ def from_metadata(metadata: Mapping[str, str] | None) -> Header | None:
             raise ConfigError(f"architecture has other settings than this version: {different}")
         architecture = Architecture(**{x: accepted(x, types[x], told[x]) for x in types})
         assumed = {str(name): str(text) for name, text in tree["assumed"].items()}
+        momentum = accepted("batch_norm_momentum", float, tree["batch_norm_momentum"])
         preprocess = accepted("preprocess", Preprocess | None, tree["preprocess"])
         constants = tree["normalization"]
         normalization = None if constants is None else Normalization.from_dict(constants)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         reason = f"{e}" if isinstance(e, ConfigError) else f"{type(e).__name__}: {e}"
         raise WeightsError(f"the header's {KEY!r} is not to be understood ({reason})") from e
-    return Header(architecture, preprocess, normalization, assumed)
+    return Header(architecture, preprocess, normalization, momentum, assumed)

@@ -59,6 +59,7 @@ def infer(
     channel_pad: ChannelPad | None = None,
     stride: Stride | None = None,
     projection: Projection | None = None,
+    batch_norm_epsilon: float | None = None,
     in_file: Callable[[str], str] = str,
 ) -> Inferred:
     """The network of a state dict by name.
@@ -66,8 +67,9 @@ def infer(
     Args:
         state: may lack arrays or have too many: what follows is to compare it with the network's.
         layout: the one it was read from, which settles what is usual.
-        shortcut, channel_pad, stride, projection: if known; else told by the names, or assumed.
-        in_file: what a key of the layout is called in the file, for messages.
+        shortcut, channel_pad, stride, projection, batch_norm_epsilon: if known; else told by the
+            names, or assumed.
+        in_file: what a key of the layout would be called in the file, for messages.
 
     Raises:
         WeightsError: it has no stem, no classifier, or too few stages.
@@ -101,6 +103,9 @@ def infer(
             "stride conv3x3, as is usual. The keys do not show which convolution of a bottleneck "
             "has it; set stride if it is conv1x1, as in the paper"
         )
+    if batch_norm_epsilon is None:
+        batch_norm_epsilon = ResNetConfig.batch_norm_epsilon
+        assumed["batch_norm_epsilon"] = f"batch_norm_epsilon {batch_norm_epsilon}, as in PyTorch"
     architecture = Architecture(
         image_channels=state["conv1.weight"].shape[1],
         stem=tell_stem(state),
@@ -112,7 +117,7 @@ def infer(
         channel_pad=channel_pad,
         projection=projection or tell_projection(state),
         conv_bias="conv1.bias" in state,
-        batch_norm_epsilon=ResNetConfig.batch_norm_epsilon,
+        batch_norm_epsilon=batch_norm_epsilon,
         num_classes=len(state["fc.weight"]),
     )
     is_double = any(array.dtype == np.float64 for array in state.values())

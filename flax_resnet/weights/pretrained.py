@@ -146,7 +146,12 @@ def write(
     if path.suffix != ".safetensors":
         raise ConfigError(f"OUT must end in .safetensors, got {path}")
     state_dict = to_state_dict(config.model.architecture, params, batch_stats, step=step)
-    header = Header(config.model.architecture, config.data.preprocess, normalization)
+    header = Header(
+        config.model.architecture,
+        config.data.preprocess,
+        normalization,
+        config.model.batch_norm_momentum,
+    )
     files.write(path, state_dict, Layout.TWIN, header)
     tree = {
         "format": FORMAT,

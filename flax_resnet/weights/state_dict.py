@@ -40,6 +40,8 @@ from flax_resnet.weights.layouts import (
     to_key,
     unused_projections,
 )
+from flax_resnet.weights.nearest import suggesting
+from flax_resnet.weights.refusals import refuse_by_keys, refuse_by_shapes, refuse_deep_stem
 from flax_resnet.weights.trees import counters, torch_shapes, tree_from_torch, tree_to_torch
 from flax_resnet.weights.wrappings import bare
 
@@ -111,6 +113,7 @@ def from_state_dict(
     channel_pad: ChannelPad | None = None,
     stride: Stride | None = None,
     projection: Projection | None = None,
+    batch_norm_epsilon: float | None = None,
     depth: int | None = None,
     header: Header | None = None,
     rename: Sequence[str] = (),
@@ -131,6 +134,8 @@ def from_state_dict(
             Without it conv3x3 is taken, as torchvision has it, and `assumed` says so.
         projection: what projections are made of, if that is known: the keys show it where there
             are any. Without it a network that has none is of the family with such a stem.
+        batch_norm_epsilon: if that is known. Without it PyTorch's 1e-5 is taken, and `assumed`
+            says so.
         depth: what it must be, if that is known; the keys show what it is.
         header: what the file says itself: then nothing is assumed.
         rename, ignore: what to do with keys of other names first; see `wrappings.bare`.
@@ -141,32 +146,43 @@ def from_state_dict(
             says something else than the tensors or the arguments.
     """
     unwrapped = bare(state_dict, rename=rename, ignore=ignore)
-    layout = recognize(unwrapped.state_dict)
-    bare_keys = by_name(unwrapped.state_dict, layout)
-    keys = {name: unwrapped.keys[key] for name, key in bare_keys.items()}
-    state = {name: unwrapped.state_dict[key] for name, key in bare_keys.items()}
+    refuse_by_keys(unwrapped.keys)
+    refuse_deep_stem(unwrapped.state_dict, unwrapped.keys)
     if header is not None:
         header = agreed(header, shortcut=shortcut, channel_pad=channel_pad, stride=stride)
-        header = agreed(header, projection=projection)
+        header = agreed(header, projection=projection, batch_norm_epsilon=batch_norm_epsilon)
         told = header.architecture
         shortcut, channel_pad = told.shortcut, told.channel_pad
         stride, projection = told.stride, told.projection
-    architecture, dtype, assumed = infer(
-        state,
-        layout,
-        shortcut=shortcut,
-        channel_pad=channel_pad,
-        stride=stride,
-        projection=projection,
-        in_file=unwrapped.in_file,
-    )
+        batch_norm_epsilon = told.batch_norm_epsilon
+    in_file = {key: unwrapped.state_dict[name] for name, key in unwrapped.keys.items()}
+    with suggesting(in_file):
+        layout = recognize(unwrapped.state_dict)
+        bare_keys = by_name(unwrapped.state_dict, layout)
+        keys = {name: unwrapped.keys[key] for name, key in bare_keys.items()}
+        state = {name: unwrapped.state_dict[key] for name, key in bare_keys.items()}
+        refuse_by_shapes(state, keys)
+        architecture, dtype, assumed = infer(
+            state,
+            layout,
+            shortcut=shortcut,
+            channel_pad=channel_pad,
+            stride=stride,
+            projection=projection,
+            batch_norm_epsilon=batch_norm_epsilon,
+            in_file=unwrapped.in_file,
+        )
     if header is not None:  # what no key shows is the header's, all else must agree
-        epsilon = header.architecture.batch_norm_epsilon
-        architecture = dataclasses.replace(architecture, batch_norm_epsilon=epsilon)
         if different := differences(header.architecture, architecture):
             raise WeightsError(f"the header says another network than the tensors: {different}")
         assumed |= header.assumed
-    config = ResNetConfig.of(architecture, dtype=dtype)
+        momentum = header.batch_norm_momentum
+    else:
+        momentum = ResNetConfig.batch_norm_momentum
+        assumed["batch_norm_momentum"] = (
+            f"batch_norm_momentum {momentum}, as in PyTorch; it matters in training alone"
+        )
+    config = ResNetConfig.of(architecture, dtype=dtype, batch_norm_momentum=momentum)
     network = f"a network of depth {config.depth} and shortcut {config.shortcut.value}"
     if depth is not None and depth != config.depth:
         raise WeightsError(
@@ -186,15 +202,16 @@ def from_state_dict(
         unused = {name: x.shape for name, x in unused_projections(architecture).items()}
     known = shapes | tracked | unused
     names = {key: name for name, key in keys.items()}
-    check_keys(
-        network,
-        missing={
-            unwrapped.in_file(to_key(name, layout, architecture.blocks)): shape
-            for name, shape in shapes.items()
-            if name not in keys
-        },
-        unknown=[key for key in unwrapped.keys.values() if names.get(key) not in known],
-    )
+    with suggesting(in_file):
+        check_keys(
+            network,
+            missing={
+                unwrapped.in_file(to_key(name, layout, architecture.blocks)): shape
+                for name, shape in shapes.items()
+                if name not in keys
+            },
+            unknown=[key for key in unwrapped.keys.values() if names.get(key) not in known],
+        )
     placements: list[Placement] = []
     for name, array in state.items():
         if name in tracked:
@@ -260,7 +277,7 @@ def agreed(header: Header, **told: Any) -> Header:
             continue
         if assumed.pop(name, None):
             architecture = dataclasses.replace(architecture, **{name: value})
-        elif value is not theirs:
+        elif value != theirs:
             raise WeightsError(
                 f"{name} must be {shown(theirs)}, as the file's header says, got {shown(value)}"
             )
