@@ -195,6 +195,8 @@ def test_the_plain_network_of_several_and_others_by_name() -> None:
     found, line = unwrapped(content, "state_dict_ema")
     assert_is(found, OTHER)
     assert "entry state_dict_ema; also there: state_dict, net" in line
+    found, _ = unwrapped({"emaNet": OTHER, "generator": STATE})
+    assert_is(found, STATE)
     found, _ = unwrapped({"ema": {"module": OTHER}})  # there is no other
     assert_is(found, OTHER)
     with pytest.raises(WeightsError, match=r"\(state_dict_ema, state_dict, net\), got 'nets'"):
@@ -543,13 +545,18 @@ def test_flags_and_tensors_must_agree_with_the_header(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_was_assumed_when_a_file_was_written_is_still_assumed(tmp_path: Path) -> None:
-    assumed = {"shortcut": "shortcut A. As was said", "step": "step 0"}
+    assumed = {"shortcut": "shortcut A. As was said", "channel_pad": "x", "step": "step 0"}
     a = ResNetConfig.paper(8)
     path = written(tmp_path, Header(a.architecture, assumed=assumed), a)
     found, _ = imported(path)
-    assert (found.config.shortcut, found.assumed) == (Shortcut.A, {"shortcut": assumed["shortcut"]})
+    del assumed["step"]
+    assert (found.config.shortcut, found.assumed) == (Shortcut.A, assumed)
     found, _ = imported(path, shortcut=Shortcut.PLAIN)
     assert (found.config.shortcut, found.assumed) == (Shortcut.PLAIN, {})
+    head = Header(a.architecture, Preprocess.IMAGENET, assumes_preprocess=True)
+    contents = files.read(written(tmp_path, head, a))
+    assert contents.preprocess is None
+    assert contents.likely_preprocess(found) is Preprocess.IMAGENET
 
 
 @pytest.mark.parametrize(

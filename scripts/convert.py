@@ -27,7 +27,6 @@ from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run, read_data_facts
 from flax_resnet.weights import account, files
 from flax_resnet.weights.header import Header
-from flax_resnet.weights.infer import usual_preprocess
 from flax_resnet.weights.layouts import Layout, StateDict, by_name, prefix_to_write
 from flax_resnet.weights.state_dict import Imported, from_state_dict, to_state_dict
 from torch_ref.compare.agreement import NUM_IMAGES, logit_differences
@@ -111,8 +110,10 @@ def main(src: str, dst: str) -> None:
     differences = logit_differences(imported, named)
     found = ", ".join(f"{dtype} {x:.1e}" for dtype, x in differences.items())
     print(f"largest difference of the logits, relative, on {NUM_IMAGES} random images: {found}")
+    if to_flax or target.suffix == ".safetensors":
+        tell_preprocess(read)
     if to_flax:
-        write_workdir(target, imported, choose_preprocess(read))
+        write_workdir(target, imported, read.preprocess)
     else:
         header = Header(
             imported.config.architecture,
@@ -120,6 +121,7 @@ def main(src: str, dst: str) -> None:
             read.normalization,
             imported.config.batch_norm_momentum,
             imported.assumed,
+            assumes_preprocess=read.assumes_preprocess,
         )
         state_dict = {prefix + key: array for key, array in state_dict.items()}
         if to_folder:
@@ -134,8 +136,9 @@ class Read(NamedTuple):
 
     imported: Imported
     named: StateDict  # by the twin's names, as PyTorch has them; of a PyTorch file
-    preprocess: Preprocess | None  # None: it does not tell
+    preprocess: Preprocess
     normalization: Normalization | None
+    assumes_preprocess: bool = False
 
 
 def read_torch(path: Path) -> Read:
@@ -163,7 +166,9 @@ def read_torch(path: Path) -> Read:
             f"{PREPROCESS.value.value}"
         )
     told = told or PREPROCESS.value
-    return Read(imported, named, told, contents.header and contents.header.normalization)
+    usual = contents.likely_preprocess(imported)
+    constants = contents.header and contents.header.normalization
+    return Read(imported, named, told or usual, constants, assumes_preprocess=told is None)
 
 
 def read_flax(path: Path) -> Read:
@@ -179,16 +184,12 @@ def read_flax(path: Path) -> Read:
     return Read(imported, {}, run.config.data.preprocess, facts and facts.normalization)
 
 
-def choose_preprocess(read: Read) -> Preprocess:
-    if read.preprocess is not None:
-        return read.preprocess
-    imported = read.imported
-    usual = usual_preprocess(imported.config.architecture, imported.layout)
-    print(
-        f"assumed: preprocess {usual.value}, as is usual for such networks in the "
-        f"{imported.layout.value} layout. The file does not tell; set preprocess if it is another"
-    )
-    return usual
+def tell_preprocess(read: Read) -> None:
+    if read.assumes_preprocess:
+        print(
+            f"assumed: preprocess {read.preprocess.value}, as is usual for such networks in the "
+            "layout that they came in. The file does not tell; set preprocess if it is another"
+        )
 
 
 if __name__ == "__main__":

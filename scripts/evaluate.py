@@ -31,7 +31,6 @@ from flax_resnet.training.evaluation import Evaluation, make_evaluate_by_batch_s
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run, read_config, read_data_facts
 from flax_resnet.weights import account, files
-from flax_resnet.weights.infer import usual_preprocess
 from flax_resnet.weights.state_dict import Imported, from_state_dict
 
 CHECKPOINT = cli.define_place(
@@ -137,8 +136,7 @@ def read_torch(path: Path) -> Subject:
         print(line)
     for assumption in imported.assumed.values():
         print(f"assumed: {assumption}")
-    preprocess = contents.preprocess
-    preprocess = preprocess or usual_preprocess(imported.config.architecture, imported.layout)
+    preprocess = contents.likely_preprocess(imported)
     usual = DataConfig(preprocess=preprocess)
     model = dataclasses.replace(imported.config)
     config = with_preprocess(cli.override(Experiment(model=model, data=usual)))

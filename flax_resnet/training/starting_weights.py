@@ -24,7 +24,6 @@ from flax_resnet.step import TrainState
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import locate, open_run, read_data_facts
 from flax_resnet.weights import files, pretrained
-from flax_resnet.weights.infer import usual_preprocess
 from flax_resnet.weights.state_dict import from_state_dict
 
 log = logging.getLogger(__name__)
@@ -141,9 +140,9 @@ def of_torch(path: Path, config: Experiment) -> Weights:
     for name in untold:
         value = as_given(getattr(ours, name))
         log.warning("%s does not tell its %s: taken to be this run's, %s", path, name, value)
-    told = contents.preprocess
-    preprocess = told or usual_preprocess(theirs, imported.layout)
-    check_preprocess(f"{path}", preprocess, config, is_certain=told is not None)
+    is_certain = contents.preprocess is not None
+    preprocess = contents.likely_preprocess(imported)
+    check_preprocess(f"{path}", preprocess, config, is_certain=is_certain)
     return Weights(imported.params, imported.batch_stats, f"{path}, layout {imported.layout.value}")
 
 

@@ -33,10 +33,11 @@ from flax_resnet.resnet import ResNet, split
 from flax_resnet.settings import accepted, shown
 from flax_resnet.weights import hub, huggingface
 from flax_resnet.weights.header import Header, from_metadata, to_metadata
+from flax_resnet.weights.infer import usual_preprocess
 from flax_resnet.weights.kinds import Kind, is_plain_pickle, kind_of, module_class
 from flax_resnet.weights.layouts import Layout, StateDict
 from flax_resnet.weights.refusals import refuse_by_keys
-from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
+from flax_resnet.weights.state_dict import Imported, from_state_dict, to_state_dict
 from flax_resnet.weights.wrappings import choose, is_tensor
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,14 @@ class Contents(NamedTuple):
 
     @property
     def preprocess(self) -> Preprocess | None:
-        """What the network's images go through; None if the file does not tell."""
-        return self.header and self.header.preprocess
+        """What the network's images go through; None if the file does not tell for certain."""
+        is_certain = self.header is not None and not self.header.assumes_preprocess
+        return self.header.preprocess if self.header and is_certain else None
+
+    def likely_preprocess(self, imported: Imported) -> Preprocess:
+        """The file's, or what such networks are usually fed."""
+        told = self.header and self.header.preprocess
+        return told or usual_preprocess(imported.config.architecture, imported.layout)
 
 
 def from_torch(

@@ -27,6 +27,7 @@ class Header(NamedTuple):
     normalization: Normalization | None = None  # its constants
     batch_norm_momentum: float = ResNetConfig.batch_norm_momentum
     assumed: Mapping[str, str] = {}  # by setting, what was only assumed when the file was written
+    assumes_preprocess: bool = False  # likewise
 
 
 def to_metadata(header: Header | None) -> dict[str, str]:
@@ -43,6 +44,7 @@ def to_metadata(header: Header | None) -> dict[str, str]:
         "assumed": {x: text for x, text in header.assumed.items() if x in types_of(Architecture)},
         "batch_norm_momentum": header.batch_norm_momentum,
         "preprocess": header.preprocess and header.preprocess.value,
+        "assumes_preprocess": header.assumes_preprocess,
         "normalization": header.normalization and header.normalization.to_dict(),
     }
     return metadata | {KEY: json.dumps(tree)}
@@ -69,9 +71,10 @@ def from_metadata(metadata: Mapping[str, str] | None) -> Header | None:
         assumed = {str(name): str(text) for name, text in tree["assumed"].items()}
         momentum = accepted("batch_norm_momentum", float, tree["batch_norm_momentum"])
         preprocess = accepted("preprocess", Preprocess | None, tree["preprocess"])
+        is_assumed = accepted("assumes_preprocess", bool, tree["assumes_preprocess"])
         constants = tree["normalization"]
         normalization = None if constants is None else Normalization.from_dict(constants)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         reason = f"{e}" if isinstance(e, ConfigError) else f"{type(e).__name__}: {e}"
         raise WeightsError(f"the header's {KEY!r} is not to be understood ({reason})") from e
-    return Header(architecture, preprocess, normalization, momentum, assumed)
+    return Header(architecture, preprocess, normalization, momentum, assumed, is_assumed)

@@ -281,6 +281,8 @@ def agreed(header: Header, **told: Any) -> Header:
             raise WeightsError(
                 f"{name} must be {shown(theirs)}, as the file's header says, got {shown(value)}"
             )
+    if architecture.shortcut is not Shortcut.A:  # nothing is padded
+        assumed.pop("channel_pad", None)
     return header._replace(architecture=architecture, assumed=assumed)
 
 
