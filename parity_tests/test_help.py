@@ -20,7 +20,14 @@ from flax_resnet.setting_flags import SettingParser
 from flax_resnet.shipped import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-WITH_SETTINGS = ["benchmark.py", "evaluate.py", "parity_report.py", "reproduce.py", "train_flax.py"]
+WITH_SETTINGS = [
+    "benchmark.py",
+    "describe.py",
+    "evaluate.py",
+    "parity_report.py",
+    "reproduce.py",
+    "train_flax.py",
+]
 HELP = {"train_flax.py": ["--config", "resnet110", "--help"]}  # elsewhere: --help
 LINE = re.compile(r"^  --config\.(\S+?)=(\S+) \(default: (.*)\)$", re.MULTILINE)
 
