@@ -498,6 +498,7 @@ class Experiment(Settings):
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
     init: str | None = None  # whose weights to begin with: a run, a file, or a name; None: new ones
+    init_fresh: tuple[str, ...] = ()  # modules that keep their new weights: fc, the classifier
     parallel: Parallel = Parallel.JIT
     batch_norm: Statistics = Statistics.GLOBAL
     wandb: str | None = None  # project of Weights & Biases that the log is sent to as well
@@ -513,6 +514,8 @@ class Experiment(Settings):
         self.optim.validate(self.train.steps)
         require(0 <= self.seed < 2**63, "seed", "0 to 2^63 - 1", self.seed)
         require(self.init != "", "init", "a work directory, a file or a name", self.init)
+        rule = "empty without init, beside which all weights are new"
+        require(self.init is not None or not self.init_fresh, "init_fresh", rule, self.init_fresh)
         require(self.wandb != "", "wandb", "a project's name, or none", self.wandb)
 
     def idle(self) -> dict[str, str]:

@@ -70,7 +70,8 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
     model.set_attributes(
         BatchNorm,
         axis_name=AXIS if is_pmap and is_global else None,
-        replicas=1 if is_pmap or is_global else num_devices,
+        is_global=is_global,
+        shares=1 if is_pmap else num_devices,
     )
     optimizer = make_optimizer(config.optim, config.train.steps)
     graphdef, params, batch_stats = split(model)

@@ -78,7 +78,7 @@ def test_a_batch_is_one_share_unless_devices_are_told() -> None:
     program, state = init(dataclasses.replace(EXPERIMENT, batch_norm=Statistics.REPLICA))
     model = nnx.merge(program.graphdef, state.params, state.batch_stats)
     modules = [module for _, module in nnx.iter_graph(model) if isinstance(module, BatchNorm)]
-    assert {module.replicas for module in modules} == {1}
+    assert {module.shares for module in modules} == {1}
 
 
 def biased_variance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +119,12 @@ def far_from_zero() -> float:
 
 def test_running_variance_is_pytorchs_far_from_zero() -> None:
     assert far_from_zero() <= 1e-13
+
+
+def test_so_it_is_when_devices_share_the_batch() -> None:
+    image = 1e4 + images(8)
+    ours, theirs = after_one_batch(image, devices=8), pytorchs_after_one_batch(image)
+    assert relative(ours.var[...], theirs.running_var) <= 1e-13
 
 
 def test_one_pass_variance_differs_far_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +173,7 @@ def test_the_result_and_its_gradients_are_pytorchs(replicas: int) -> None:
     """All four axes differ in size, so that none passes for another. (Measured: 2e-15.)"""
     x, dy, (scale, bias) = noise((6, 5, 4, 3)), noise((7, 5, 4, 3))[1:], noise((2, 3))
     batch_norm = BatchNorm(3, dtype=jnp.float64, param_dtype=jnp.float64)
-    batch_norm.replicas = replicas
+    batch_norm.shares, batch_norm.is_global = replicas, replicas == 1
 
     def run(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
         copy = nnx.merge(*nnx.split(batch_norm), copy=True)
@@ -211,7 +217,7 @@ def after_one_batch(x: np.ndarray, replicas: int = 1, devices: int = 0) -> Batch
     """
     channels = x.shape[-1]
     batch_norm = BatchNorm(channels, dtype=jnp.float64, param_dtype=jnp.float64)
-    batch_norm.replicas = replicas
+    batch_norm.shares, batch_norm.is_global = replicas, replicas == 1
     if not devices:
         batch_norm(jnp.asarray(x))
         return batch_norm

@@ -210,3 +210,51 @@ def test_a_mutant_block_is_found_by_its_output(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(resnet.ResNet, "__init__", mutant)
     found = np.array(differences(ResNetConfig.paper(20, dtype=DType.FLOAT64)))
     np.testing.assert_array_equal(found > 1e-13, np.arange(11) >= 6)
+
+
+def same_max_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow's padding: at an even size (0, 1)."""
+
+    def mutant(self: resnet.MaxPool, x: jax.Array) -> jax.Array:
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+
+    monkeypatch.setattr(resnet.MaxPool, "__call__", mutant)
+
+
+def stride_on_the_1x1(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = resnet.Bottleneck.__init__
+
+    def mutant(self: resnet.Bottleneck, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.conv1.strides, self.conv2.strides = self.conv2.strides, self.conv1.strides
+
+    monkeypatch.setattr(resnet.Bottleneck, "__init__", mutant)
+
+
+def relu_before_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mutant(self: resnet.Bottleneck, x: jax.Array) -> jax.Array:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x), relu=True)), relu=True)
+        return nnx.relu(self.bn3(self.conv3(y), relu=True) + self.shortcut(x))
+
+    monkeypatch.setattr(resnet.Bottleneck, "__call__", mutant)
+
+
+def tensorflows_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        resnet, "BatchNorm", lambda *args, **kwargs: BatchNorm(*args, **kwargs | {"epsilon": 1e-3})
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mutate",
+    [same_max_pool, stride_on_the_1x1, relu_before_the_sum, tensorflows_epsilon],
+    ids=lambda mutate: mutate.__name__,
+)
+def test_a_mutant_of_a_large_network_differs(
+    mutate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By so much in the logits that float32 would show it, too."""
+    mutate(monkeypatch)
+    found = differences(LARGE["50-B, stride on 3x3"])
+    assert found[-1] > 1e-3

@@ -33,29 +33,22 @@ from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.step import measure
 from flax_resnet.weights.trees import tree_to_torch
 from parity_tests.mutants import one_by_default
-from parity_tests.pair import LARGE, Pair, images, make_pair, make_twin, relative, to_torch, torch
+from parity_tests.pair import (
+    LARGE,
+    Pair,
+    images,
+    make_pair,
+    open_relus,
+    relative,
+    to_torch,
+    torch,
+)
 from torch_ref import step as torch_step
 
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 1e-12
 LABEL = np.array([3, 1])
 COMPILED = (Shortcut.A, Shortcut.C)  # of the paper's at depth 20: as a whole, as in training
-
-
-def open_relus(pair: Pair) -> Pair:
-    """Adds 2 to the biases of a block's first two BatchNorms: relu lets nearly all pass.
-
-    In a network for CIFAR, to the stem's too. Before a max-pool all would pass, and the gradient of
-    that bias would be rounding alone: the next BatchNorm takes it away.
-    """
-    is_small = pair.config.stages is Stages.CIFAR
-
-    def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        is_open = path[-2].key in ("bn1", "bn2") and (is_small or path[0].key == "stages")
-        return x + 2 if is_open and path[-1].key == "bias" else x
-
-    params = jax.tree_util.tree_map_with_path(leaf, pair.params)
-    return pair._replace(params=params, twin=make_twin(pair.config, params, pair.batch_stats))
 
 
 def batch(config: ResNetConfig) -> np.ndarray:

@@ -24,7 +24,7 @@ from flax_resnet.nn.convolution import convolve
 from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.step import measure
 from flax_resnet.weights.state_dict import tree_to_torch
-from parity_tests.pair import Pair, make_pair, relative, to_torch, torch
+from parity_tests.pair import LARGE, Pair, make_pair, relative, to_torch, torch
 from torch_ref import step as torch_step
 
 Arrays = dict[str, np.ndarray]
@@ -97,6 +97,23 @@ ONE_PIXEL = (4, 2)  # after two halvings
 def test_training_is_pytorchs(depth: int, shortcut: Shortcut, size: Size) -> None:
     found = differences(depth, shortcut, size)
     assert max(found.values()) <= TOLERANCE, max(found, key=found.__getitem__)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(65, 47), (1, 1)], ids=["65x47", "1x1"])
+def test_a_large_network_takes_any_size_as_pytorch_does(size: Size) -> None:
+    """In evaluation mode: what stem and stages give, and the logits. Measured at most 2.4e-15."""
+    pair = make_pair(LARGE["50-B, stride on 3x3"])
+    model = pair.model()
+    model.eval()
+    x = images(size)
+    found = model.features(jnp.asarray(x))
+    with torch.no_grad():
+        expected = pair.twin.eval().features(to_torch(x))
+        logits = pair.twin(to_torch(x))
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a.transpose(0, 3, 1, 2), b) <= 1e-13
+    assert relative(model.head(found[-1]), logits) <= 1e-13
 
 
 def head_of_8x8(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ summation differs (2.4e-14 at the most measured), where statistics of the wrong 
 """
 
 import functools
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +177,29 @@ def test_bfloat16_stays_near_float32() -> None:
     theirs, ours = logits
     difference = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
     assert 1e-4 < difference < 0.05
+
+
+def collectives(parallel: Parallel, batch_norm: Statistics) -> dict[str, int]:
+    """How many of each kind the compiled step of eight devices has."""
+    config, mesh = experiment(parallel, batch_norm), Mesh(np.array(jax.devices()), ("data",))
+    program, state = init(config, mesh.size)
+    call = sharding.compile_step(lambda s, _, b: train_step(program, s, b), mesh, parallel)
+    arguments = (
+        sharding.replicate(mesh, state),
+        None,
+        sharding.split_batch(mesh, batches()[0], parallel),
+    )
+    text = call.lower(*arguments).compile().as_text()
+    return Counter(
+        re.findall(r"\b(all-reduce|all-gather|all-to-all|[a-z-]*permute)(?:-start)?\(", text)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", Parallel, ids=lambda p: p.value)
+def test_a_batch_norm_has_one_collective_and_direction(parallel: Parallel) -> None:
+    """The two others are one for the gradients and one for the counted examples and errors."""
+    layers = 9  # 7, and the two of the projections
+    both = {"all-gather": 2 * layers, "all-reduce": 2}
+    assert collectives(parallel, Statistics.GLOBAL) == both
+    assert collectives(parallel, Statistics.REPLICA) == {"all-reduce": 2}

@@ -90,6 +90,18 @@ def by_layer(outputs: tuple[float, ...], gradients: tuple[float, ...]) -> dict:
 NOTHING = by_layer((0, 0, 0), (0, 0, 0))
 
 
+def test_a_gradient_that_is_zero_is_measured_by_the_largest() -> None:
+    """A rounding beside it is no fault, and what is no number stays none."""
+    outputs = {"stem": np.ones(2), "head": np.ones(1)}
+    theirs = Trace(outputs, {"stem": np.zeros(2), "head": np.array([4.0])})
+    ours = Trace(outputs, {"stem": np.array([4e-16, 0]), "head": np.array([4.0])})
+    assert distances(ours, theirs) == {"stem": (0, 1e-16), "head": (0, 0)}
+    nothing = Trace(outputs, {name: np.zeros(1) for name in outputs})
+    assert distances(nothing, nothing) == dict.fromkeys(outputs, (0, 0))
+    ours.gradients["stem"][0] = math.nan
+    assert math.isnan(distances(ours, theirs)["stem"][1])
+
+
 def test_distances_are_relative_to_theirs() -> None:
     outputs, gradients = {"head": np.array([3.0, 4.0])}, {"head": np.array([0.0, 2.0])}
     theirs = Trace(outputs, gradients)

@@ -201,7 +201,7 @@ def test_statistics_of_other_images_in_the_scanned_blocks_differ(
 
     def mutant(self: Scan, x: jax.Array) -> jax.Array:
         """What `init` has told BatchNorm does not reach the scanned blocks."""
-        self.blocks.set_attributes(BatchNorm, axis_name=None, replicas=1)
+        self.blocks.set_attributes(BatchNorm, axis_name=None, is_global=True, shares=1)
         return call(self, x)
 
     monkeypatch.setattr(Scan, "__call__", mutant)

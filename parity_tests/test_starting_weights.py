@@ -187,6 +187,75 @@ def test_a_run_that_scans_its_blocks_has_the_same(tmp_path: Path) -> None:
     check_weights(unstack(scanned), theirs)
 
 
+def begun_afresh(source: Path, *fresh: str, **model: Any) -> TrainState:
+    """The state of a run that begins with new weights, here zeros, in these modules."""
+    config = experiment(source, **model)
+    config.init_fresh = fresh
+    config.validate()
+    return begun(config)
+
+
+def check_fresh(state: TrainState, theirs: TrainState, *fresh: str) -> None:
+    """These modules are zeros, and all others theirs."""
+    for ours, expected in zip(state[1:3], theirs[1:3], strict=True):
+        of_theirs = dict(jax.tree_util.tree_leaves_with_path(expected))
+        for path, x in jax.tree_util.tree_leaves_with_path(ours):
+            name = ".".join(str(entry.key) for entry in path)
+            if name.startswith(tuple(f"{module}." for module in fresh)):
+                assert not np.any(x), name
+            else:
+                assert np.array_equal(x, of_theirs[path]), name
+
+
+def test_modules_that_begin_afresh_keep_their_own(run: Path) -> None:
+    """So a network gets a classifier for other classes."""
+    theirs = trained(experiment(), 5)
+    state = begun_afresh(run, "fc", num_classes=7)
+    assert state.params["fc"]["kernel"].shape == (64, 7)
+    check_fresh(state, theirs, "fc")
+
+
+@pytest.mark.slow
+def test_so_do_a_stage_and_a_batch_norm(run: Path) -> None:
+    fresh = "stages.2", "stages.1.0.bn1"
+    check_fresh(begun_afresh(run, *fresh), trained(experiment(), 5), *fresh)
+
+
+@pytest.mark.slow
+def test_so_do_those_of_a_run_that_scans_its_blocks(tmp_path: Path) -> None:
+    theirs = write_run(tmp_path / "run", experiment(depth=14))
+    model: dict[str, Any] = {"depth": 14, "scan_blocks": True}
+    state = begun_afresh(tmp_path / "run", "fc", "stages.0.1", num_classes=7, **model)
+    check_fresh(unstack(state), theirs, "fc", "stages.0.1")
+
+
+@pytest.mark.parametrize(
+    ("fresh", "model", "message"),
+    [
+        (("fcc",), {}, "init_fresh must name modules .*, got 'fcc'; the nearest is fc"),
+        (("stage.2",), {}, r"got 'stage\.2'; the nearest is stages\.2"),
+        ((), {"num_classes": 7}, r"num_classes: 10 there, 7 here\); .* --config\.init_fresh=fc"),
+        (("conv1",), {"num_classes": 7}, "model.num_classes: 10 there, 7 here"),
+        (("fc",), {"num_classes": 7, "depth": 14}, r"\(model\.depth: 8 there, 14 here\)"),
+        (("fc",), {"image_channels": 1}, "model.image_channels: 3 there, 1 here"),
+    ],
+)
+def test_what_does_not_fit_beside_them_is_refused(
+    fresh: tuple[str, ...], model: dict[str, Any], message: str, run: Path
+) -> None:
+    config = experiment(run, **model)
+    config.init_fresh = fresh
+    with pytest.raises(ConfigError, match=message):
+        begun(config)
+
+
+def test_without_init_nothing_can_begin_afresh() -> None:
+    config = experiment()
+    config.init_fresh = ("fc",)
+    with pytest.raises(ConfigError, match=r"init_fresh must be empty without init, .* \('fc',\)"):
+        config.validate()
+
+
 # --- What does not fit ----------------------------------------------------------------------------
 
 

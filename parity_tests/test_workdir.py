@@ -123,6 +123,16 @@ def test_what_decides_the_numbers_is_refused(
         fit(config, half)
 
 
+def test_weights_that_have_seen_more_steps_than_the_run_has_are_refused(tmp_path: Path) -> None:
+    """Such as a converted file's."""
+    config = experiment()
+    write_json(tmp_path / "config.json", config.to_dict())
+    (tmp_path / "checkpoints" / "70000").mkdir(parents=True)
+    message = rf"train\.steps must be at least 70000, .* got 6; .* --config\.init={tmp_path} "
+    with pytest.raises(ConfigError, match=message), workdir.claimed(tmp_path, config):
+        pass
+
+
 def test_no_training_image_is_read_to_use_a_checkpoint(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -34,9 +35,10 @@ class BatchNorm(nnx.Module):
         param_dtype: of scale, bias and the running statistics.
 
     Attributes:
-        replicas: the batch is normalised in so many equal parts, each by its own statistics; the
-            running ones follow their average.
-        axis_name: of a `pmap` whose devices share their statistics.
+        shares: the batch lies in so many equal parts on as many devices of the mesh around it.
+        is_global: whether the statistics are those of the whole batch. Else each share has its own,
+            and the running ones follow their average.
+        axis_name: of a `pmap` whose devices have a share each and statistics in common.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class BatchNorm(nnx.Module):
         self.epsilon = epsilon
         self.dtype = dtype
         self.use_running_average = False  # set by `nnx.Module.train` and `eval`
-        self.replicas = 1
+        self.shares = 1
+        self.is_global = True
         self.axis_name: str | None = None
         self.scale = nnx.Param(jnp.ones(num_features, param_dtype))
         self.bias = nnx.Param(jnp.zeros(num_features, param_dtype))
@@ -83,14 +86,14 @@ class BatchNorm(nnx.Module):
             factor = lax.rsqrt(self.var[...] + self.epsilon) * self.scale[...]
             return finish(ending)(x, self.mean[...], factor, self.bias[...], add)
         n = self._values_per_statistic(shape)
-        parts = (self.replicas, -1, *shape[1:])
+        parts = (self.shares, -1, *shape[1:])
         normalized: Any = batch_normalize(
             x.reshape(parts),
             self.scale[...],
             self.bias[...],
             None if add is None else add.reshape(parts),
             self.epsilon,
-            self.axis_name,
+            Sharing(self.shares, self.is_global, self.axis_name),
             ending,
         )
         self._track(self.mean, normalized.mean)
@@ -99,11 +102,12 @@ class BatchNorm(nnx.Module):
 
     def _values_per_statistic(self, shape: tuple[int, ...]) -> int:
         devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
-        n = math.prod(shape[:-1]) * devices // self.replicas
+        replicas = 1 if self.is_global else self.shares
+        n = math.prod(shape[:-1]) * devices // replicas
         if n < 2:
             raise UserError(
                 "BatchNorm must have at least 2 values per channel and replica when it trains, got "
-                f"{n}: input {shape}, {self.replicas} replica(s); take more or larger images"
+                f"{n}: input {shape}, {replicas} replica(s); take more or larger images"
             )
         return n
 
@@ -113,8 +117,28 @@ class BatchNorm(nnx.Module):
 
 
 Parts = Float[Array, "r b h w c"]
-Statistic = Float[Array, "r 1 1 1 c"]
+Statistic = Float[Array, "r 1 1 1 c"]  # of each share, or of all: r is 1
 PerChannel = Float[Array, " c"]
+
+
+class Sharing(NamedTuple):
+    """Who shares a batch and its statistics: see `BatchNorm`."""
+
+    shares: int
+    is_global: bool
+    axis_name: str | None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a device needs what the others have."""
+        return self.is_global and (self.shares > 1 or self.axis_name is not None)
+
+    def gather(self, *statistics: Statistic) -> Float[Array, "k s 1 1 1 c"]:
+        """Statistics of every share, everywhere: one small collective for all of them."""
+        together = jnp.stack(statistics)
+        if self.axis_name is None:
+            return lax.with_sharding_constraint(together, PartitionSpec())
+        return lax.all_gather(together, self.axis_name, axis=1, tiled=True)
 
 
 class Ending(NamedTuple):
@@ -150,7 +174,7 @@ def batch_normalize(
     bias: PerChannel,
     add: Parts | None,
     epsilon: float,
-    axis_name: str | None,
+    sharing: Sharing,
     ending: Ending,
 ) -> Normalized:
     """Each part of the batch normalised by its own statistics, and these, with a biased variance.
@@ -159,7 +183,7 @@ def batch_normalize(
     over x that autodiff's needs; that of the rectifier reads its result, which the next layer
     stores anyway. The statistics have none. Reverse-mode only.
     """
-    return _forward(x, scale, bias, add, epsilon, axis_name, ending)[0]
+    return _forward(x, scale, bias, add, epsilon, sharing, ending)[0]
 
 
 def _forward(
@@ -168,12 +192,16 @@ def _forward(
     bias: PerChannel,
     add: Parts | None,
     epsilon: float,
-    axis_name: str | None,
+    sharing: Sharing,
     ending: Ending,
 ) -> tuple[Normalized, Residuals]:
     # Two passes: E[x^2] - E[x]^2 cancels when the mean is far from zero.
-    mean = _across(_mean(x), axis_name)
-    var = _across(_mean(jnp.square(x - mean)), axis_name)
+    mean = _mean(x)
+    var = _mean(jnp.square(x - mean))
+    if sharing.is_needed:  # Chan, Golub and LeVeque 1979, for shares of one size
+        means, variances = sharing.gather(mean, var)
+        mean = means.mean(0, keepdims=True)
+        var = (variances + jnp.square(means - mean)).mean(0, keepdims=True)
     inv_std = lax.rsqrt(var + epsilon)
     y = finish(ending)(x, mean, inv_std * scale, bias, add)
     return Normalized(y, mean, var), Residuals(x, mean, inv_std, scale, y if ending.relu else None)
@@ -181,7 +209,7 @@ def _forward(
 
 def _backward(
     epsilon: float,
-    axis_name: str | None,
+    sharing: Sharing,
     ending: Ending,
     residuals: Residuals,
     cotangent: Normalized,
@@ -191,8 +219,13 @@ def _backward(
     dy = dadd.astype(x.dtype)
     dbias = _mean(dy)
     dscale = _mean(dy * (x - mean)) * inv_std
-    slope = _across(dscale, axis_name) * inv_std
-    dx = (dy - _across(dbias, axis_name) - (x - mean) * slope) * (inv_std * scale)
+    offset, slope = dbias, dscale
+    if sharing.is_needed:
+        dbiases, dscales = sharing.gather(dbias, dscale)
+        offset, slope = dbiases.mean(0, keepdims=True), dscales.mean(0, keepdims=True)
+        if sharing.axis_name is None:  # a `pmap` adds the gradients up itself
+            dbias, dscale = dbiases, dscales
+    dx = (dy - offset - (x - mean) * (slope * inv_std)) * (inv_std * scale)
     n = float(x.size // x.shape[-1] // x.shape[0])  # an integer may be beyond int32
     dscale, dbias = (d.sum((0, 1, 2, 3)) * n for d in (dscale, dbias))
     return dx, dscale, dbias, dadd if ending.has_add else None
@@ -217,8 +250,3 @@ def finish(ending: Ending) -> Callable[..., Array]:
 
 def _mean(x: Parts) -> Statistic:
     return x.mean((1, 2, 3), keepdims=True)
-
-
-def _across(mean: Statistic, axis_name: str | None) -> Statistic:
-    """The mean over all devices of a `pmap`."""
-    return mean if axis_name is None else lax.pmean(mean, axis_name)

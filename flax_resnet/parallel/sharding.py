@@ -68,8 +68,13 @@ def compile_step(
                 "--config.batch_norm=replica gives the same statistics"
             )
         return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,))
+
+    def on_mesh(*arguments: Any) -> Any:  # so that BatchNorm may say what is to be on every device
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*arguments)
+
     return jax.jit(
-        step,
+        on_mesh,
         out_shardings=NamedSharding(mesh, P()),
         donate_argnums=0,
         compiler_options=compiler_options(),

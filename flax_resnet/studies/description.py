@@ -3,7 +3,6 @@
 All from shapes: no weight is made and nothing is computed.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -49,7 +48,7 @@ def describe(config: ResNetConfig, size: Size) -> Description:
     Raises:
         ConfigError: there is no such network, or it takes no such images.
     """
-    config = dataclasses.replace(config.block_by_block())
+    config = config.block_by_block()
     architecture = config.architecture
     check_images(architecture, architecture.image_channels, size)
     model = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
@@ -102,8 +101,9 @@ def kind(layer: nnx.Module) -> str:
     if isinstance(layer, MaxPool):
         return "max-pool 3x3, stride 2"
     if isinstance(layer, nnx.Conv):
-        *window, c_in, c_out = layer.kernel.shape
-        stride = layer.strides if isinstance(layer.strides, int) else layer.strides[0]
+        *window, c_in, c_out = layer.kernel_shape
+        stride = layer.strides or 1
+        stride = stride if isinstance(stride, int) else max(stride)
         told = f", stride {stride}" if stride > 1 else ""
         return f"{'x'.join(map(str, window))}, {c_in} -> {c_out}{told}"
     assert isinstance(layer, nnx.Linear)

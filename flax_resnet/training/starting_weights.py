@@ -5,6 +5,7 @@ They are read once: the run's first checkpoint, of step 0, holds them.
 
 import contextlib
 import dataclasses
+import difflib
 import enum
 import logging
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from flax_resnet.config import Architecture, Experiment, Preprocess, ResNetConfig, Shortcut
 from flax_resnet.errors import ConfigError, WeightsError
-from flax_resnet.nn.scan import Tree, stack
+from flax_resnet.nn.scan import Tree, stack, unstack
 from flax_resnet.parallel.processes import from_first, on_first
 from flax_resnet.parallel.sharding import put
 from flax_resnet.places import place
@@ -42,7 +43,8 @@ class Weights(NamedTuple):
 def with_weights_of(config: Experiment, state: TrainState) -> TrainState:
     """`state` with the parameters and BatchNorm's statistics that `config.init` names.
 
-    Of several processes only the first needs to have them.
+    But for the modules of `config.init_fresh`, which stay as they are. Of several processes only
+    the first needs to have the weights.
 
     Raises:
         ConfigError: there are none of that name, or they are of another network or preprocessing;
@@ -54,8 +56,12 @@ def with_weights_of(config: Experiment, state: TrainState) -> TrainState:
 
     def read() -> str:
         nonlocal host
+        new = unstack(host)
+        check_modules(config.init_fresh, new[0])
         weights = read_weights(config)
-        theirs: Any = weights[:2]
+        theirs: Any = jax.tree_util.tree_map_with_path(
+            lambda path, a, b: b if is_fresh(path, config.init_fresh) else a, weights[:2], new
+        )
         if jax.tree.structure(theirs) != jax.tree.structure(host):
             theirs = jax.device_get(stack(theirs))
         host = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), theirs, host)
@@ -66,6 +72,29 @@ def with_weights_of(config: Experiment, state: TrainState) -> TrainState:
         lambda x, like: put(x, like.sharding), from_first(host), ours
     )
     return state._replace(params=params, batch_stats=batch_stats)
+
+
+def check_modules(names: tuple[str, ...], params: Tree) -> None:
+    """Raises ConfigError unless each is a module of the network, such as fc or stages.2.0."""
+    paths = [module_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    known = {".".join(path[:end]): None for path in paths for end in range(1, len(path))}
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise ConfigError(
+                f"init_fresh must name modules of the network, such as fc, got {name!r}; the "
+                f"nearest is {nearest}"
+            )
+
+
+def module_path(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(entry.key) for entry in path)
+
+
+def is_fresh(path: tuple[Any, ...], names: tuple[str, ...]) -> bool:
+    """Whether a leaf of (parameters, statistics) belongs to one of these modules."""
+    inner = ".".join(module_path(path[1:])) + "."
+    return any(inner.startswith(f"{name}.") for name in names)
 
 
 def read_weights(config: Experiment) -> Weights:
@@ -99,7 +128,9 @@ def find(name: str) -> Path:
 def of_run(path: Path, config: Experiment) -> Weights:
     run = open_run(path)
     told = f"{run.directory}, step {run.step}"
-    check_architecture(told, run.config.model.architecture, config.model.architecture)
+    check_architecture(
+        told, run.config.model.architecture, config.model.architecture, config.init_fresh
+    )
     # A work directory of convert.py knows nothing of data but what was assumed.
     is_certain = read_data_facts(run.directory) is not None
     check_preprocess(told, run.config.data.preprocess, config, is_certain=is_certain)
@@ -109,7 +140,9 @@ def of_run(path: Path, config: Experiment) -> Weights:
 def of_published(path: Path, config: Experiment) -> Weights:
     card = pretrained.read_card(path)
     told = f"{path}"
-    check_architecture(told, card.config.model.architecture, config.model.architecture)
+    check_architecture(
+        told, card.config.model.architecture, config.model.architecture, config.init_fresh
+    )
     check_preprocess(told, card.config.data.preprocess, config, is_certain=True)
     _, *arrays = split(pretrained.load_pretrained(path))
     params, batch_stats = jax.device_get(arrays)
@@ -136,7 +169,7 @@ def of_torch(path: Path, config: Experiment) -> Weights:
     if header is None and theirs.batch_norm_epsilon != ours.batch_norm_epsilon:
         theirs = dataclasses.replace(theirs, batch_norm_epsilon=ours.batch_norm_epsilon)
         untold.append("batch_norm_epsilon")
-    check_architecture(f"{path}", theirs, ours.architecture)
+    check_architecture(f"{path}", theirs, ours.architecture, config.init_fresh)
     for name in untold:
         value = as_given(getattr(ours, name))
         log.warning("%s does not tell its %s: taken to be this run's, %s", path, name, value)
@@ -146,17 +179,30 @@ def of_torch(path: Path, config: Experiment) -> Weights:
     return Weights(imported.params, imported.batch_stats, f"{path}, layout {imported.layout.value}")
 
 
-def check_architecture(source: str, theirs: Architecture, ours: Architecture) -> None:
-    """Raises ConfigError unless the arrays of one network do in the other what they did."""
+# Settings of one module alone, which may differ where it begins afresh.
+OF_MODULE = {"model.num_classes": "fc", "model.image_channels": "conv1"}
+
+
+def check_architecture(
+    source: str, theirs: Architecture, ours: Architecture, fresh: tuple[str, ...] = ()
+) -> None:
+    """Raises ConfigError unless the arrays of one network do in the other what they did.
+
+    Args:
+        fresh: modules of ours that take none.
+    """
     a, b = settings(theirs), settings(ours)
     different = [
-        f"{name}: {a[name]} there, {b[name]} here" for name in a if name in b and a[name] != b[name]
+        name for name in a if name in b and a[name] != b[name] and OF_MODULE.get(name) not in fresh
     ]
-    if different:
-        raise ConfigError(
-            f"init: {source} holds another network ({', '.join(different)}); set --config.model to "
-            "the same, or choose other weights"
-        )
+    if not different:
+        return
+    told = ", ".join(f"{name}: {a[name]} there, {b[name]} here" for name in different)
+    advice = "set --config.model to the same, or choose other weights"
+    if all(name in OF_MODULE for name in different):
+        modules = ",".join(OF_MODULE[name] for name in different)
+        advice += f", or begin with new ones there: --config.init_fresh={modules}"
+    raise ConfigError(f"init: {source} holds another network ({told}); {advice}")
 
 
 def settings(architecture: Architecture) -> dict[str, Any]:

@@ -115,6 +115,12 @@ def claimed(workdir: Path, config: Experiment) -> Iterator[Experiment | None]:
         if not has_begun(workdir):
             return None
         done = steps_done(workdir)
+        if done > config.train.steps:  # such as a converted file's
+            raise ConfigError(
+                f"train.steps must be at least {done}, the steps that {workdir} has seen, got "
+                f"{config.train.steps}; or choose another --workdir, where --config.init={workdir} "
+                "begins anew from its weights"
+            )
         if 0 < done < config.train.steps and not steps_saved(workdir):
             raise CheckpointError(
                 f"{workdir} is finished at step {done}, and has no checkpoint to go on from; copy "

@@ -138,16 +138,20 @@ def torch_trace(weights: Weights, dtype: DType, image: np.ndarray, label: np.nda
 
 def distances(ours: Trace, theirs: Trace) -> Distances:
     """By layer, the relative difference of outputs and of gradients."""
+    pairs = zip(ours, theirs, strict=True)
+    outputs, gradients = (relative_differences(a, b) for a, b in pairs)
+    return {name: (outputs[name], gradients[name]) for name in theirs.outputs}
 
-    def relative(a: np.ndarray, b: np.ndarray) -> float:
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
+def relative_differences(
+    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """By the size of theirs; where that is zero, by the largest of all."""
+    sizes = {name: float(np.linalg.norm(b)) for name, b in theirs.items()}
+    largest = max(sizes.values()) or 1.0
     return {
-        name: (
-            relative(ours.outputs[name], theirs.outputs[name]),
-            relative(ours.gradients[name], theirs.gradients[name]),
-        )
-        for name in theirs.outputs
+        name: float(np.linalg.norm(ours[name] - b)) / (sizes[name] or largest)
+        for name, b in theirs.items()
     }
 
 
