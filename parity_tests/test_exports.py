@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import flax_resnet
-from flax_resnet.config import ChannelPad, Shortcut, Stride
+from flax_resnet.config import ChannelPad, ResNetConfig, Shortcut, Stages, Stride
 from flax_resnet.weights.layouts import Layout
 from parity_tests.others import (
     Akamaster,
@@ -121,7 +121,8 @@ def difference(theirs: Any, ours: flax_resnet.ResNet, size: int) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def check(layout: Layout, make: Callable[[], Any], told: Told, size: int) -> None:
+def check(layout: Layout, make: Callable[[], Any], told: Told, size: int) -> flax_resnet.ResNet:
+    """Both ways. What was read comes back."""
     theirs = randomize(make())
     ours = flax_resnet.from_torch(theirs.state_dict(), **told)
     assert difference(theirs, ours, size) <= TOLERANCE
@@ -131,6 +132,7 @@ def check(layout: Layout, make: Callable[[], Any], told: Told, size: int) -> Non
     other.load_state_dict(back, strict=True)
     for key, value in theirs.state_dict().items():
         assert key in unused or torch.equal(other.state_dict()[key], value), key
+    return ours
 
 
 @pytest.mark.slow
@@ -143,7 +145,12 @@ def test_small_networks(name: str) -> None:
 @pytest.mark.parametrize("name", LARGE)
 def test_large_networks(name: str) -> None:
     """The odd size puts the max-pool's padding and the strides to the test."""
-    check(*LARGE[name], size=32 if name.startswith("kuangliu") else 65)
+    layout, make, told = LARGE[name]
+    ours = check(layout, make, told, size=32 if name.startswith("kuangliu") else 65)
+    if layout is Layout.TANJEFFREYZ:
+        depth = int(name.split("-")[1])
+        config = ResNetConfig.tanjeffreyz(depth, told["shortcut"], stages=Stages.IMAGENET)
+        assert ours.architecture == config.architecture
 
 
 def test_akamasters_trainer_gets_its_prefix() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from flax_resnet.errors import WeightsError
+from flax_resnet.weights import files
 from flax_resnet.weights.layouts import Layout, to_key
 from flax_resnet.weights.nearest import suggest
 from flax_resnet.weights.state_dict import from_state_dict
@@ -154,6 +155,12 @@ def test_a_network_that_is_another_one(name: str) -> None:
         # It begins with a key, if it names any, and the file has that key.
         start = re.split(r"[: ]", str(error.value))[0]
         assert start in state or start == "this"
+
+
+def test_what_is_quantised_is_said_before_what_is_no_tensor() -> None:
+    state = network() | {"fc._packed_params._packed_params": (1, 2)}
+    with pytest.raises(WeightsError, match=r"fc\._packed_params\._packed_params: this is a quan"):
+        files.unwrap(state)
 
 
 @pytest.mark.parametrize(("blocks", "missing"), [((2, 2, 2, 1), "layer4.1"), ((1, 1, 1), None)])

@@ -243,8 +243,6 @@ def find_renames(pairs: Mapping[str, str], prefix: str, most: int) -> list[str] 
                 tried.add(rename)
                 old, _, new = rename.rpartition("=")
                 after = {k: re.sub(old, new, x) for k, x in now.items()}
-                if any(now[k] == pairs[k] != after[k] for k in pairs):
-                    continue
                 left = sum(distance(after[k], pairs[k]) for k in pairs)
                 if left < far and (best is None or (left, len(rename)) < best[:2]):
                     best = left, len(rename), rename
