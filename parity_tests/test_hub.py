@@ -8,6 +8,7 @@ snapshots/COMMIT holds its files.
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,25 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse(error))
     with pytest.raises(WeightsError, match=r"cannot be fetched \(OSError: no route to host\)$"):
         hub.fetch("hf://org/a")
+
+
+def test_only_one_kind_of_file_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newer if there is one, and none for other frameworks."""
+    asked: list[list[str]] = []
+
+    def download(*, allow_patterns: list[str], there: str, **_: Any) -> str:
+        asked.append(allow_patterns)
+        if there in allow_patterns:
+            (tmp_path / there).touch()
+        return str(tmp_path)
+
+    new, old = ["*.json", "model.safetensors"], ["*.json", "pytorch_model.bin"]
+    for there, patterns in (("pytorch_model.bin", [new, old]), ("model.safetensors", [new])):
+        asked.clear()
+        (tmp_path / "pytorch_model.bin").unlink(missing_ok=True)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", partial(download, there=there))
+        assert hub.fetch("hf://org/a") == tmp_path
+        assert asked == patterns
 
 
 @pytest.mark.slow

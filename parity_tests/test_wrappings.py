@@ -288,6 +288,8 @@ def test_bfloat16_in_either_kind_of_file(tmp_path: Path) -> None:
     safetensors.torch.save_file(state, path)
     for source in (path, save(state, tmp_path / "a.pth"), state):
         assert_is(unwrapped(source)[0], state)
+    theirs = files.tensors(files.read(path).state_dict)["fc.bias"]  # for the twin
+    assert torch.equal(theirs, state["fc.bias"].float())
     found, _ = imported(path)
     assert found.assumed == UNTOLD | {"dtype": "bfloat16 numbers widened to float32"}
     np.testing.assert_array_equal(found.params["fc"]["bias"], state["fc.bias"].float().numpy())
