@@ -18,7 +18,7 @@ warm-up, where chaos has spread them, our mean |loss difference| from such runs 
 most 4 times theirs from one another (measured: 1.8, which is 0.027 of a loss of 2; digits 1.4).
 
 ResNet-18 and 50 (both strides; they scan over their blocks, and one computes them again) for 20
-steps in float64: within 1e-11 (measured: 2.2e-14 and 6.0e-13). 101 and 152 have the same blocks,
+steps in float64: within 1e-10 (measured: 2.2e-14 and 1.7e-12). 101 and 152 have the same blocks,
 whose gradients `test_gradients` compares.
 """
 
@@ -251,11 +251,11 @@ def large_lockstep(name: str, momenta: tuple[float, ...]) -> list[float]:
 @pytest.mark.parametrize("name", ["50-B", "50-B, stride on 3x3"])
 def test_resnet_50_stays_with_pytorchs(name: str) -> None:
     (found,) = large_lockstep(name, (0.9,))
-    assert found <= 1e-11
+    assert found <= 1e-10
 
 
 @pytest.mark.slow
 def test_resnet_18_stays_with_pytorchs_of_the_same_momentum() -> None:
     found, mutant = large_lockstep("18-B", (0.9, 0.909))
-    assert found <= 1e-11
+    assert found <= 1e-10
     assert mutant > 1e-6
