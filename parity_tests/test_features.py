@@ -3,6 +3,7 @@
 In evaluation mode in float64, to 1e-13; the head of the last of them is the network's result.
 """
 
+import flax
 import jax
 import jax.numpy as jnp
 import pytest
@@ -49,6 +50,20 @@ def test_they_are_the_twins() -> None:
 @pytest.mark.parametrize("settings", [{}, {"scan_blocks": True, "remat": True}])
 def test_they_are_the_twins_in_a_large_network(settings: dict[str, bool]) -> None:
     check(LARGE["50-B"], **settings)
+
+
+def test_in_evaluation_mode_nothing_is_written() -> None:
+    """So that a transformation, here `jax.eval_shape`, can close over the model."""
+    settings = {"scan_blocks": True, "remat": True}
+    config = ResNetConfig.paper(14, **settings)
+    graphdef, *arrays = abstract(config)
+    model = nnx.merge(graphdef, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arrays))
+    model.eval()
+    image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    assert jax.eval_shape(lambda x: model(x), image).shape == (2, 10)
+    model.train()
+    with pytest.raises(flax.errors.TraceContextError, match="Cannot mutate BatchStat"):
+        jax.eval_shape(lambda x: model(x), image)
 
 
 @pytest.mark.slow

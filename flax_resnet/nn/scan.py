@@ -36,7 +36,8 @@ class Scan(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         run, weights = as_function(self.blocks)
         x, stats = lax.scan(jax.checkpoint(run) if self.remat else run, x, weights)
-        nnx.update(self.blocks, stats)
+        if writes_statistics(self.blocks):
+            nnx.update(self.blocks, stats)
         return x
 
 
@@ -46,8 +47,14 @@ def rematerialized(layer: nnx.Module, x: Float[Array, "b h w c"]) -> Float[Array
         return layer(x)
     run, weights = as_function(layer)
     x, stats = jax.checkpoint(run)(x, weights)
-    nnx.update(layer, stats)
+    if writes_statistics(layer):
+        nnx.update(layer, stats)
     return x
+
+
+def writes_statistics(layer: nnx.Module) -> bool:
+    """Whether anything in it is in training mode. Else a transformation may close over it."""
+    return not all(getattr(x, "use_running_average", True) for _, x in nnx.iter_modules(layer))
 
 
 def as_function(layer: nnx.Module) -> tuple[Callable[..., tuple[Array, nnx.State]], tuple]:
