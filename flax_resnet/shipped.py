@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train_flax",
     "evaluate": "evaluate",
     "convert": "convert",
+    "identify": "identify",
     "export": "export",
     "describe": "describe",
     "plot": "plot",

@@ -24,6 +24,7 @@ WITH_SETTINGS = [
     "benchmark.py",
     "describe.py",
     "evaluate.py",
+    "identify.py",
     "parity_report.py",
     "reproduce.py",
     "train_flax.py",

@@ -69,11 +69,7 @@ def load(
         was prepared from is not in `data_dir/downloads/manual`. Where that is, the dataset is
         prepared again, and the damaged one kept beside the archive.
     """
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    try:
-        given = places.local_path(data_dir, "the data directory")
-    except ConfigError as e:
-        raise DatasetError(str(e)) from e
+    given = _given(data_dir)
     if given.exists() and not given.is_dir():
         raise DatasetError(f"the data directory must be a directory, got the file {given}")
     dataset = _find(given)
@@ -89,6 +85,20 @@ def load(
             raise
         _prepare(root, dataset, error)
         return _load(dataset, splits)
+
+
+def is_here(data_dir: str | None = None) -> bool:
+    """Whether `load` finds it prepared, without a download; raises DatasetError for no path."""
+    return _find(_given(data_dir)).exists()
+
+
+def _given(data_dir: str | None) -> Path:
+    """The directory that is meant; None: TFDS's own choice."""
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    try:
+        return places.local_path(data_dir, "the data directory")
+    except ConfigError as e:
+        raise DatasetError(str(e)) from e
 
 
 def _find(given: Path) -> Path:

@@ -41,6 +41,11 @@ def load(config: DataConfig, splits: Collection[str] = SPLITS) -> dict[str, Exam
     return {split: found[split] for split in SPLITS if split in splits and split in found}
 
 
+def is_here(config: DataConfig) -> bool:
+    """Whether `load` needs no download."""
+    return config.name is Dataset.DIGITS or cifar10.is_here(config.dir)
+
+
 def check_classes(config: DataConfig, num_classes: int) -> None:
     """Raises ConfigError for a network of other classes than the images have."""
     classes = CLASSES[config.name]
