@@ -8,21 +8,27 @@ SRC may be such a folder, too. Printed are every key with its shape and where it
 does not tell and was assumed, and how far the two networks' logits on the same random images are
 apart.
 
+Where the images of --config.data.name are on this machine, BatchNorm's statistics tell what the
+keys do not: see scripts/identify.py.
+
 Not converted: the optimizer's state (a new work directory begins with momentum 0), and the
 projections that tanjeffreyz's files hold but do not use (named in the table).
 """
 
+import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 
 from flax_resnet import cli, places
-from flax_resnet.config import ChannelPad, Preprocess, Shortcut, Stride
+from flax_resnet.config import ChannelPad, DataConfig, Preprocess, Shortcut, Stride
+from flax_resnet.data import source
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError
 from flax_resnet.training.converted import check_target, is_workdir_name, write_workdir
+from flax_resnet.training.identified import settle
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run, read_data_facts
 from flax_resnet.weights import account, files
@@ -74,16 +80,20 @@ RENAME = flags.DEFINE_multi_string(
 IGNORE = flags.DEFINE_multi_string(
     "ignore", [], "of a PyTorch SRC with keys too many: a regular expression; repeatable"
 )
+cli.define_overrides(
+    "Whose images tell what the keys of a PyTorch SRC do not; the defaults are:",
+    ("data.name", "data.dir"),
+)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace DST if it is there")
 
 
 def main(src: str, dst: str) -> None:
     target, to_folder = places.local_path(dst, "DST"), is_workdir_name(dst)
     to_flax = to_folder and LAYOUT.value is not Layout.HUGGINGFACE
-    source = fetch(places.place(src, "SRC", hub=True))
-    from_flax = is_run(source)
+    origin = fetch(places.place(src, "SRC", hub=True))
+    from_flax = is_run(origin)
     if to_flax and from_flax:
-        raise ConfigError(f"{source} and {target} are both Flax's: nothing to convert")
+        raise ConfigError(f"{origin} and {target} are both Flax's: nothing to convert")
     for flag in (LAYOUT, PREFIX) if to_flax else ():
         if flag.present:
             raise ConfigError(f"--{flag.name} would change nothing: DST is a work directory")
@@ -94,7 +104,7 @@ def main(src: str, dst: str) -> None:
         raise ConfigError("--prefix would make a folder that transformers does not read")
     check_target(target, is_workdir=to_folder, overwrite=OVERWRITE.value)
     jax.config.update("jax_enable_x64", True)
-    read = read_flax(source) if from_flax else read_torch(source)
+    read = read_flax(origin) if from_flax else read_torch(origin)
     imported, named, layout, state_dict = read.imported, read.named, LAYOUT.value, {}
     if not to_flax:
         state_dict = to_state_dict(
@@ -143,21 +153,29 @@ class Read(NamedTuple):
 
 def read_torch(path: Path) -> Read:
     contents = files.read(path, ENTRY.value)
-    imported = from_state_dict(
+    read = functools.partial(
+        from_state_dict,
         contents.state_dict,
-        shortcut=SHORTCUT.value,
-        channel_pad=CHANNEL_PAD.value,
-        stride=STRIDE.value,
         batch_norm_epsilon=EPSILON.value,
         depth=DEPTH.value,
         header=contents.header,
         rename=RENAME.value,
         ignore=IGNORE.value,
     )
+    given: dict[str, Any] = {
+        "shortcut": SHORTCUT.value,
+        "channel_pad": CHANNEL_PAD.value,
+        "stride": STRIDE.value,
+        "epsilon": EPSILON.value,
+        "preprocess": PREPROCESS.value,
+    }
+    imported, found, lines = settle(read, given, contents.preprocess, images_at_hand())
     if CHANNEL_PAD.present and imported.config.shortcut is not Shortcut.A:
         raise ConfigError("--channel_pad would change nothing: only shortcut A pads channels")
     print(f"read: {path}, layout {imported.layout.value}, step {imported.step}")
     print(account.of_reading(imported, contents.ignored, contents.told))
+    for line in lines:
+        print(line)
     named = {name: contents.state_dict[key] for key, name, _ in imported.placements}
     told = contents.preprocess
     if PREPROCESS.present and told not in (None, PREPROCESS.value):
@@ -165,15 +183,26 @@ def read_torch(path: Path) -> Read:
             f"--preprocess must be {told.value}, as the header of {path} says, got "
             f"{PREPROCESS.value.value}"
         )
-    told = told or PREPROCESS.value
+    told = told or found
     usual = contents.likely_preprocess(imported)
     constants = contents.header and contents.header.normalization
     return Read(imported, named, told or usual, constants, assumes_preprocess=told is None)
 
 
+def images_at_hand() -> DataConfig | None:
+    """The data set whose images are looked at, if it is on this machine."""
+    told = cli.overrides()
+    data = DataConfig(name=told.get("data.name", DataConfig.name), dir=told.get("data.dir"))
+    if source.is_here(data):
+        return data
+    if told:
+        raise ConfigError(f"there is no {data.name.value} in {data.dir or 'the default directory'}")
+    return None
+
+
 def read_flax(path: Path) -> Read:
     own = (SHORTCUT, CHANNEL_PAD, STRIDE, EPSILON, DEPTH, PREPROCESS, ENTRY, RENAME, IGNORE)
-    if any(flag.present for flag in own):
+    if any(flag.present for flag in own) or cli.overrides():
         raise ConfigError(f"{path} says itself what its network is: no --shortcut and the like")
     run = open_run(path)
     print(f"read: {run.directory}, step {run.step}")

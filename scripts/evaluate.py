@@ -4,12 +4,14 @@ A work directory stands for its newest checkpoint, `WORKDIR/checkpoints/STEP` fo
 `WORKDIR/checkpoints/best` for the one with the lowest error that the run itself measured, and a
 PyTorch file (.pt, .pth, .th, .safetensors) for itself. Settings are the run's own, or what the
 file's keys tell; each can be overridden: `--config.data.dir=...`. A PyTorch file does not tell its
-preprocessing, nor always its shortcut and padding: what is assumed is printed, and `--preprocess`,
+preprocessing, nor always its shortcut and padding: what BatchNorm's statistics tell of them (see
+scripts/identify.py), and what else is assumed, is printed; `--preprocess`,
 `--config.model.shortcut` and `--config.model.channel_pad` set it. The last line printed is JSON:
 {"test_error": fraction, "test_loss": nats per example, "examples": count}.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from flax_resnet.parallel import sharding
 from flax_resnet.resnet import param_dtype
 from flax_resnet.step import TrainState, init
 from flax_resnet.training.evaluation import Evaluation, make_evaluate_by_batch_statistics
+from flax_resnet.training.identified import settle
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run, read_config, read_data_facts
 from flax_resnet.weights import account, files
@@ -121,22 +124,25 @@ def read_run(path: Path) -> Subject:
 def read_torch(path: Path) -> Subject:
     contents = files.read(path, ENTRY.value)
     told, header = cli.overrides(), contents.header
-    imported = from_state_dict(
+    epsilon = told.get("model.batch_norm_epsilon")
+    read = functools.partial(
+        from_state_dict,
         contents.state_dict,
-        shortcut=told.get("model.shortcut"),
-        channel_pad=told.get("model.channel_pad"),
-        stride=told.get("model.stride"),
-        batch_norm_epsilon=told.get("model.batch_norm_epsilon"),
+        batch_norm_epsilon=epsilon,
         depth=told.get("model.depth"),
         header=header,
         rename=RENAME.value,
         ignore=IGNORE.value,
     )
-    for line in account.unwrapping(imported, contents.told):
+    given = {name: told.get(f"model.{name}") for name in ("shortcut", "channel_pad", "stride")}
+    given |= {"epsilon": epsilon, "preprocess": PREPROCESS.value or told.get("data.preprocess")}
+    data = DataConfig(name=told.get("data.name", DataConfig.name), dir=told.get("data.dir"))
+    imported, found, lines = settle(read, given, contents.preprocess, data)
+    for line in [*account.unwrapping(imported, contents.told), *lines]:
         print(line)
     for assumption in imported.assumed.values():
         print(f"assumed: {assumption}")
-    preprocess = contents.likely_preprocess(imported)
+    preprocess = contents.preprocess or found or contents.likely_preprocess(imported)
     usual = DataConfig(preprocess=preprocess)
     model = dataclasses.replace(imported.config)
     config = with_preprocess(cli.override(Experiment(model=model, data=usual)))
