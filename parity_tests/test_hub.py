@@ -62,6 +62,7 @@ def test_the_folder_of_a_name(cache: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_model_of_a_name(cache: Path) -> None:
     torch.manual_seed(0)
     state: dict[str, Any] = dict(TorchResNet(ResNetConfig.paper(8, Shortcut.B)).state_dict())

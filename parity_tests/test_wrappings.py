@@ -140,6 +140,18 @@ def test_keys_that_begin_like_a_prefix_by_themselves(prefix: str) -> None:
     assert line == (f"{prefix} before every key" if prefix else "")
 
 
+def test_a_missing_key_is_named_with_its_neighbours_prefix() -> None:
+    state = before("module.", {k: x for k, x in STATE.items() if k != "conv1.weight"})
+    found, _ = unwrapped(state)
+    assert found.in_file("conv1.weight") == "module.conv1.weight"
+    state = {("head." if k[:3] == "fc." else "backbone.") + k: x for k, x in STATE.items()}
+    del state["head.fc.bias"]
+    found, _ = unwrapped(state)
+    assert found.in_file("fc.bias") == "head.fc.bias"
+    assert found.in_file("bn1.bias") == "backbone.bn1.bias"
+
+
+@pytest.mark.slow
 def test_a_message_names_keys_as_the_file_does() -> None:
     for key, prefix in (("conv1.weight", "module."), ("bn1.bias", "model.net."), ("fc.bias", "")):
         state = before(prefix, {k: x for k, x in STATE.items() if k != key})
@@ -477,6 +489,7 @@ def test_texts_stand_for_options() -> None:
         flax_resnet.from_torch(state, shortcut="D")
 
 
+@pytest.mark.slow
 def test_arguments_of_from_torch(tmp_path: Path) -> None:
     path = save({"a": before("x.") | {"zz.w": STATE["fc.bias"]}, "b": OTHER}, tmp_path / "a.pth")
     model = flax_resnet.from_torch(str(path), entry="a", rename=r"^x\.=", ignore="^bn2|zz")
