@@ -249,6 +249,15 @@ def test_how_sure_a_result_is(
     assert result.to_dict()["second"] == (divergences[1] if len(divergences) > 1 else None)
 
 
+def test_an_epsilon_that_is_not_told_stays() -> None:
+    """It is not the nearest reading's, by a rounding, but the best one's."""
+    best = found(0.001).best
+    other = best._replace(epsilon=1e-3)
+    result = Identified(best, {other: 0.00099, best: 0.001})
+    assert result.near({"shortcut": Shortcut.A}) == best
+    assert (result.verdict, result.to_dict()["epsilon"]) == ("clear", 1e-5)
+
+
 @pytest.mark.parametrize(
     ("means", "stds", "message"),
     [
