@@ -511,3 +511,10 @@ def test_a_network_that_akamaster_would_read_otherwise_is_noted(channel_pad: Cha
         text = account.of_writing(ours, to_state_dict(*weights, layout=layout), layout)
         is_misread = layout is Layout.AKAMASTER and channel_pad is ChannelPad.END
         assert ("note: akamaster's own code pads at the centre" in text) is is_misread
+
+
+def test_the_keys_are_told_as_they_are_written() -> None:
+    ours = from_state_dict(files.unwrap(make_state()).state_dict)
+    weights = ours.config.architecture, ours.params, ours.batch_stats
+    text = account.of_writing(ours, to_state_dict(*weights), Layout.TWIN, "net.module.")
+    assert ["fc.bias", "(10,)", "->", "net.module.fc.bias", "(10,)"] in columns(text)

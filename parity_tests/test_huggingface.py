@@ -16,7 +16,8 @@ import safetensors.numpy
 
 import flax_resnet
 from flax_resnet.config import ResNetConfig, Stride
-from flax_resnet.errors import WeightsError
+from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.training.converted import check_target
 from flax_resnet.weights import files, huggingface
 from flax_resnet.weights.header import Header
 from flax_resnet.weights.layouts import Layout
@@ -98,6 +99,14 @@ def test_a_folder_is_read_with_its_config(tmp_path: Path) -> None:
     assert header is not None
     assert header.architecture == V1
     assert sorted(x.name for x in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_only_such_a_folder_is_replaced(tmp_path: Path) -> None:
+    files.write_folder(tmp_path, {"fc.weight": np.ones((3, 4), np.float32)}, Header(V1))
+    check_target(tmp_path, is_workdir=True, overwrite=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"is nothing that convert\.py wrote"):
+        check_target(tmp_path, is_workdir=True, overwrite=True)
 
 
 # --- With transformers ----------------------------------------------------------------------------

@@ -289,7 +289,6 @@ def spelled(source: str, target: str, prefix: str | None) -> Iterator[str]:
         found.insert(0, (pattern, re.sub(r"\d+", lambda _: rf"\{next(count)}", target)))
     for pattern, text in found:
         yield f"{pattern}={text}"
-        yield rf"\b{pattern}={text}"
         if prefix is not None:
             yield f"^{re.escape(prefix)}{pattern}={prefix}{text}"
 
