@@ -17,8 +17,8 @@ momentum or rate one part in a hundred off gives 5.5e-4 or more). In the 150 ste
 warm-up, where chaos has spread them, our mean |loss difference| from such runs of PyTorch is at
 most 4 times theirs from one another (measured: 1.8, which is 0.027 of a loss of 2; digits 1.4).
 
-The networks with ImageNet's stages, 18 to 152, kuangliu's and tanjeffreyz's of one channel: 20 steps
-in float64, within 1e-10 (measured: 2.1e-14 to 6.1e-12).
+The networks with ImageNet's stages, 18 to 152, kuangliu's and tanjeffreyz's of one channel: 20
+steps in float64, within 1e-10 (measured: 2.1e-14 to 6.1e-12).
 """
 
 import dataclasses
