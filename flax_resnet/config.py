@@ -506,9 +506,6 @@ class Experiment(Settings):
     def validate(self) -> None:
         """Raises ConfigError at the first setting that breaks a rule."""
         self.model.validate()
-        rule = "3, as the images of every data set have"
-        channels = self.model.image_channels
-        require(channels == 3, "model.image_channels", rule, channels)
         self.data.validate()
         self.train.validate()
         self.optim.validate(self.train.steps)

@@ -20,6 +20,7 @@ from flax_resnet.config import (
     Dataset,
     Experiment,
     OptimConfig,
+    ResNetConfig,
 )
 from flax_resnet.data import order, source
 from flax_resnet.data.pixels import Batch
@@ -205,10 +206,16 @@ def test_more_images_than_an_index_can_tell_apart(monkeypatch: pytest.MonkeyPatc
 def test_a_network_must_have_the_classes_of_the_images(name: Dataset, classes: int) -> None:
     """Of fewer the loss would be NaN, and one of more was made for other images."""
     config = DataConfig(name=name)
-    source.check_classes(config, 10)
+    source.check_network(config, ResNetConfig(num_classes=10))
     message = rf"model\.num_classes must be 10, .* got {classes}; .* --config.model.num_classes=10"
     with pytest.raises(ConfigError, match=message):
-        source.check_classes(config, classes)
+        source.check_network(config, ResNetConfig(num_classes=classes))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_network_must_have_the_channels_of_the_images(channels: int) -> None:
+    with pytest.raises(ConfigError, match=rf"image_channels must be 3, .* got {channels}"):
+        source.check_network(DataConfig(), ResNetConfig(image_channels=channels))
 
 
 @pytest.mark.slow

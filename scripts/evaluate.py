@@ -112,7 +112,7 @@ def read_run(path: Path) -> Subject:
             "scan_blocks and remat of a run, nothing else"
         )
     kept = read_data_facts(run.directory)
-    source.check_classes(config.data, config.model.num_classes)
+    source.check_network(config.data, config.model)
     # Also where a run kept nothing, such as a converted one: of the data that the flags name.
     is_kept = kept is not None and config.data.preprocess is run.config.data.preprocess
     check_flags(config, uses_training_images=not is_kept)
@@ -152,7 +152,7 @@ def read_torch(path: Path) -> Subject:
             "channel_pad, stride, batch_norm_epsilon, depth, dtype, scan_blocks and remat of a "
             "PyTorch file, nothing else"
         )
-    source.check_classes(config.data, config.model.num_classes)
+    source.check_network(config.data, config.model)
     if contents.preprocess and config.data.preprocess is not preprocess:
         raise ConfigError(
             f"data.preprocess must be {preprocess.value}, as the header of {path} says, got "

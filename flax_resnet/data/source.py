@@ -2,11 +2,12 @@
 
 from collections.abc import Collection
 
-from flax_resnet.config import DataConfig, Dataset
+from flax_resnet.config import DataConfig, Dataset, ResNetConfig
 from flax_resnet.data import cifar10, digits
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization, make_normalization
 from flax_resnet.errors import ConfigError
+from flax_resnet.settings import require
 
 CLASSES = {Dataset.CIFAR10: 10, Dataset.DIGITS: 10}
 SPLITS = ("train", "test", "validation")
@@ -46,14 +47,16 @@ def is_here(config: DataConfig) -> bool:
     return config.name is Dataset.DIGITS or cifar10.is_here(config.dir)
 
 
-def check_classes(config: DataConfig, num_classes: int) -> None:
-    """Raises ConfigError for a network of other classes than the images have."""
-    classes = CLASSES[config.name]
-    if num_classes != classes:
+def check_network(config: DataConfig, model: ResNetConfig) -> None:
+    """Raises ConfigError for a network of other classes or channels than the images have."""
+    classes, given = CLASSES[config.name], model.num_classes
+    if given != classes:
         raise ConfigError(
             f"model.num_classes must be {classes}, the classes of {config.name.value}, got "
-            f"{num_classes}; a network for them has --config.model.num_classes={classes}"
+            f"{given}; a network for them has --config.model.num_classes={classes}"
         )
+    rule = "3, as the images of every data set have"
+    require(model.image_channels == 3, "model.image_channels", rule, model.image_channels)
 
 
 def normalization(config: DataConfig) -> Normalization:

@@ -65,7 +65,7 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
         Stopped: after one of `signals.SIGNALS`, once the state is saved. It is a SystemExit.
     """
     config.validate()
-    source.check_classes(config.data, config.model.num_classes)
+    source.check_network(config.data, config.model)
     workdir = places.local_path(workdir, "workdir")
     wandb_log.check(config.wandb)
     keep_memory()
