@@ -178,7 +178,7 @@ def read_torch(path: Path) -> Read:
         print(line)
     named = {name: contents.state_dict[key] for key, name, _ in imported.placements}
     told = contents.preprocess
-    if PREPROCESS.present and told not in (None, PREPROCESS.value):
+    if PREPROCESS.present and told is not None and told is not PREPROCESS.value:
         raise ConfigError(
             f"--preprocess must be {told.value}, as the header of {path} says, got "
             f"{PREPROCESS.value.value}"
