@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 
 import flax_resnet
 from flax_resnet import places
@@ -24,6 +23,8 @@ from flax_resnet.training.mirror import fetch
 from flax_resnet.weights import hub
 from parity_tests.pair import torch
 from torch_ref.resnet import ResNet as TorchResNet
+
+safetensors_torch = pytest.importorskip("safetensors.torch")  # it needs torch
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="pip install 'flax-resnet[hub]'")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -66,7 +67,7 @@ def test_the_folder_of_a_name(cache: Path) -> None:
 def test_a_model_of_a_name(cache: Path) -> None:
     torch.manual_seed(0)
     state: dict[str, Any] = dict(TorchResNet(ResNetConfig.paper(8, Shortcut.B)).state_dict())
-    add(cache, "org/resnet-8", model__safetensors=safetensors.torch.save(state))
+    add(cache, "org/resnet-8", model__safetensors=safetensors_torch.save(state))
     model = flax_resnet.from_torch("hf://org/resnet-8")
     np.testing.assert_array_equal(model.fc.bias[...], state["fc.bias"].numpy())
 
@@ -153,7 +154,7 @@ def test_the_environment_is_heeded(tmp_path: Path) -> None:
     """HF_HOME and HF_HUB_OFFLINE, by a script."""
     torch.manual_seed(0)
     state: dict[str, Any] = dict(TorchResNet(ResNetConfig.paper(8, Shortcut.B)).state_dict())
-    add(tmp_path / "hub", "org/a", model__safetensors=safetensors.torch.save(state))
+    add(tmp_path / "hub", "org/a", model__safetensors=safetensors_torch.save(state))
     environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     for name, code, told in (
         ("hf://org/a", 0, "network: depth 8, shortcut B"),

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import safetensors.torch
 
 import flax_resnet
 from flax_resnet.config import ChannelPad, Preprocess, ResNetConfig, Shortcut
@@ -37,6 +36,8 @@ from flax_resnet.weights.state_dict import Imported, check_array, from_state_dic
 from flax_resnet.weights.wrappings import Bare, bare
 from parity_tests.pair import torch
 from torch_ref.resnet import ResNet as TorchResNet
+
+safetensors_torch = pytest.importorskip("safetensors.torch")  # it needs torch
 
 State = dict[str, Any]
 UNTOLD = {  # by any file but our own
@@ -297,7 +298,7 @@ def test_counters_that_are_none() -> None:
 def test_bfloat16_in_either_kind_of_file(tmp_path: Path) -> None:
     state = {key: x.bfloat16() if x.ndim else x for key, x in STATE.items()}
     path = tmp_path / "a.safetensors"
-    safetensors.torch.save_file(state, path)
+    safetensors_torch.save_file(state, path)
     for source in (path, save(state, tmp_path / "a.pth"), state):
         assert_is(unwrapped(source)[0], state)
     theirs = files.tensors(files.read(path).state_dict)["fc.bias"]  # for the twin
@@ -356,7 +357,7 @@ def test_an_expression_that_is_wrong_or_finds_nothing(told: Any, message: str) -
 
 def test_a_file_is_read_by_its_content(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    safetensors.torch.save_file(STATE, path)
+    safetensors_torch.save_file(STATE, path)
     found, line = unwrapped(path)
     assert_is(found, STATE)
     assert line == "a safetensors file, whatever its name says"
@@ -537,7 +538,7 @@ def test_our_own_file_says_what_no_key_tells(tmp_path: Path) -> None:
     assert back is not None
     np.testing.assert_array_equal(back.std, NORMALIZATION.std)
     # PyTorch reads the same file.
-    theirs = safetensors.torch.load_file(path)
+    theirs = safetensors_torch.load_file(path)
     TorchResNet(PLAIN).load_state_dict(theirs)
     # Without the header it would be taken for another network.
     assert "shortcut" in imported(written(tmp_path, None, PLAIN))[0].assumed
