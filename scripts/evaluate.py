@@ -136,6 +136,8 @@ def read_torch(path: Path) -> Subject:
     )
     given = {name: told.get(f"model.{name}") for name in ("shortcut", "channel_pad", "stride")}
     given |= {"epsilon": epsilon, "preprocess": PREPROCESS.value or told.get("data.preprocess")}
+    if known := given["preprocess"] or contents.preprocess:
+        check_validation(known, header is None or header.normalization is None)
     data = DataConfig(name=told.get("data.name", DataConfig.name), dir=told.get("data.dir"))
     imported, found, lines = settle(read, given, contents.preprocess, data)
     for line in [*account.unwrapping(imported, contents.told), *lines]:
@@ -175,15 +177,22 @@ def arrays(config: Experiment, weights: TrainState | Imported) -> tuple[Tree, Tr
 def check_flags(config: Experiment, uses_training_images: bool) -> None:
     """Raises ConfigError for a setting given on the command line that would change nothing."""
     cli.check_effects([config])
-    is_from_images = uses_training_images and config.data.preprocess in FROM_TRAINING_IMAGES
+    check_validation(config.data.preprocess, uses_training_images)
     reasons = {
         "data.preprocess": "" if PREPROCESS.value is None else "--preprocess is given, too",
-        "data.validation": "" if is_from_images else "no training image is needed here",
         "train.eval_batch_size": "--batch_statistics has its own" if BATCH_STATISTICS.value else "",
     }
     for path in cli.overrides():
         if reason := reasons.get(path):
             raise ConfigError(f"--config.{path} would change nothing: {reason}")
+
+
+def check_validation(preprocess: Preprocess, uses_training_images: bool) -> None:
+    is_used = uses_training_images and preprocess in FROM_TRAINING_IMAGES
+    if "data.validation" in cli.overrides() and not is_used:
+        raise ConfigError(
+            "--config.data.validation would change nothing: no training image is needed here"
+        )
 
 
 def with_preprocess(config: Experiment) -> Experiment:
