@@ -3,10 +3,10 @@
 The truth is the twin in float64, from the same weights and images. The distance of one step's loss,
 gradients and running statistics from it is ||x - truth|| / ||truth||, over all parameters at once;
 here its root mean square over eight sets of weights and batches of digits. Measured, ours and
-PyTorch's: loss 2.4e-4 and 2.9e-4, gradients 0.107 and 0.125, statistics 3.93e-4 and 3.96e-4. All
+PyTorch's: loss 3.1e-4 and 4.2e-4, gradients 0.143 and 0.142, statistics 5.04e-4 and 5.18e-4. All
 come from rounding the same convolutions' inputs and results to 8 bits, so that ours may be no more
-than 1.1 times as far, and the loss, one number of random sign, 1.5 times. A mutant is at least 1.17
-times as far in one of them. In float32 gradients and statistics are under a tenth as far, so that
+than 1.1 times as far, with the statistics 1.04 times, and the loss, one number of random sign, 1.5
+times. A mutant is at least 1.08 times as far in the statistics, or 1.9 times in the gradients. In float32 gradients and statistics are under a tenth as far, so that
 half of PyTorch's distance shows that it is bfloat16.
 
 One step, because small differences grow with every further one and soon hide their cause: after
@@ -135,7 +135,7 @@ def test_a_step_is_as_near_to_the_truth_as_pytorchs() -> None:
     found, expected = distances(ours()), autocasts()
     assert found.loss <= 1.5 * expected.loss
     assert 0.5 * expected.gradients <= found.gradients <= 1.1 * expected.gradients
-    assert 0.5 * expected.statistics <= found.statistics <= 1.1 * expected.statistics
+    assert 0.5 * expected.statistics <= found.statistics <= 1.04 * expected.statistics
 
 
 def bfloat16_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
