@@ -6,8 +6,9 @@ here its root mean square over eight sets of weights and batches of digits. Meas
 PyTorch's: loss 3.1e-4 and 4.2e-4, gradients 0.143 and 0.142, statistics 5.04e-4 and 5.18e-4. All
 come from rounding the same convolutions' inputs and results to 8 bits, so that ours may be no more
 than 1.1 times as far, with the statistics 1.04 times, and the loss, one number of random sign, 1.5
-times. A mutant is at least 1.08 times as far in the statistics, or 1.9 times in the gradients. In float32 gradients and statistics are under a tenth as far, so that
-half of PyTorch's distance shows that it is bfloat16.
+times. A mutant is at least 1.08 times as far in the statistics, or 1.9 times in the gradients. In
+float32 gradients and statistics are under a tenth as far, so that half of PyTorch's distance shows
+that it is bfloat16.
 
 One step, because small differences grow with every further one and soon hide their cause: after
 five steps the parameters are off by 0.40 of the distance that they have moved, PyTorch's by 0.38,
