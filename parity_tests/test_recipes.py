@@ -311,13 +311,17 @@ def one_device() -> TrainState:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", Parallel, ids=lambda parallel: parallel.value)
-def test_eight_devices_compute_what_one_does_and_exchange_sums_alone(
+def test_eight_devices_compute_what_one_does_and_exchange_no_example(
     parallel: Parallel, one_device: TrainState
 ) -> None:
     state, text = run(8, parallel=parallel)
     assert distance(state, one_device) <= TOLERANCE
     assert "all-reduce" in text
-    assert not re.findall("all-gather|all-to-all|collective-permute|reduce-scatter", text)
+    assert not re.findall("all-to-all|collective-permute|reduce-scatter", text)
+    # Two statistics of each of eight shares, for each channel: BatchNorm's, of either direction.
+    gathered = re.findall(r"= (\S+) all-gather\(", text)
+    assert gathered
+    assert all(re.match(r"f64\[2,8,1,1,1,\d+\]", shape) for shape in gathered), gathered
 
 
 @pytest.mark.slow

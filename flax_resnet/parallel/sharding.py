@@ -5,6 +5,7 @@ who does it. Under `jit` the step is written for the whole batch and the compile
 `pmap` it is written for one device's share.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,7 @@ def compile_step(
             )
         return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,))
 
+    @functools.wraps(step)
     def on_mesh(*arguments: Any) -> Any:  # so that BatchNorm may say what is to be on every device
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(*arguments)
