@@ -257,12 +257,7 @@ def find_renames(pairs: Mapping[str, str], prefix: str, most: int) -> list[str] 
 def rules(old: str, new: str, prefix: str) -> Iterator[str]:
     """Renames that bring one key nearer to another, also for keys of other numbers."""
     a, b = old.removesuffix(".").split("."), new.removesuffix(".").split(".")
-    start = 0
-    while start < min(len(a), len(b)) and a[start] == b[start]:
-        start += 1
-    end = 0
-    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
-        end += 1
+    start, end = alike(a, b)
     spans = [(a[start : len(a) - end], b[start : len(b) - end], start)]
     if len(a) == len(b):  # part by part
         spans += [([x], [y], i) for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
@@ -298,13 +293,20 @@ def distance(key: str, other: str) -> int:
     a, b = key.split("."), other.split(".")
     if len(a) == len(b):
         return sum(x != y for x, y in zip(a, b, strict=True))
+    start, end = alike(a, b)
+    return max(len(a), len(b)) - start - end
+
+
+def alike(a: Sequence[str], b: Sequence[str]) -> tuple[int, int]:
+    """How many parts two keys have in common at their beginning, and how many more at their end."""
+    shorter = min(len(a), len(b))
     start = 0
-    while start < min(len(a), len(b)) and a[start] == b[start]:
+    while start < shorter and a[start] == b[start]:
         start += 1
     end = 0
-    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
+    while end < shorter - start and a[-1 - end] == b[-1 - end]:
         end += 1
-    return max(len(a), len(b)) - start - end
+    return start, end
 
 
 def renames_fit(keys: Sequence[str], pairs: Mapping[str, str], renames: Sequence[str]) -> bool:
