@@ -13,7 +13,7 @@ from typing import Any
 
 from flax_resnet import places
 from flax_resnet.errors import ConfigError
-from flax_resnet.settings import Settings, from_mapping, require, types_of
+from flax_resnet.settings import Settings, as_given, from_mapping, require, types_of
 
 
 class Shortcut(enum.Enum):
@@ -542,7 +542,7 @@ class Experiment(Settings):
         """The experiment as JSON knows it: enums by value, tuples as lists."""
 
         def factory(items: list[tuple[str, Any]]) -> dict[str, Any]:
-            return {k: v.value if isinstance(v, enum.Enum) else v for k, v in items}
+            return {k: as_given(v) for k, v in items}
 
         return json.loads(json.dumps(dataclasses.asdict(self, dict_factory=factory)))
 

@@ -198,6 +198,11 @@ def rule(hint: Any) -> str:
     return told + " or None" * is_optional
 
 
+def as_given(value: Any) -> Any:
+    """A setting as a flag or a JSON file gives it: an enum's value."""
+    return value.value if isinstance(value, enum.Enum) else value
+
+
 def shown(value: object) -> str:
     """A refused value on one line, cut where it is long."""
     if isinstance(value, Settings):

@@ -25,7 +25,8 @@ from absl import flags
 from flax_resnet import cli, places
 from flax_resnet.config import Architecture, DataConfig, Dataset, Preprocess
 from flax_resnet.errors import ConfigError
-from flax_resnet.training.identified import compared, conclusion, material, preprocessings, shown
+from flax_resnet.settings import as_given
+from flax_resnet.training.identified import compared, conclusion, material, preprocessings
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import is_run, open_run
 from flax_resnet.weights import files
@@ -65,7 +66,7 @@ def main(source: str) -> None:
     print(f"divergence of each reading on {len(images.image)} images of {images.name}:")
     for reading, divergence in found.divergences.items():
         values = {**reading._asdict(), "crop": reading.crop}
-        told_of = (f"{k} {shown(v)}" for k, v in values.items() if v is not None)
+        told_of = (f"{k} {as_given(v)}" for k, v in values.items() if v is not None)
         print(f"  {divergence:10.5f}  {', '.join(told_of)}")
     print(conclusion(found))
     if claimed is not None:

@@ -14,6 +14,7 @@ from flax_resnet.config import DataConfig, Preprocess
 from flax_resnet.data import source
 from flax_resnet.data.pixels import Normalization, make_normalization
 from flax_resnet.errors import ConfigError
+from flax_resnet.settings import as_given
 from flax_resnet.weights.identify import (
     DECIDING,
     NETWORK,
@@ -121,7 +122,7 @@ def contradictions(
     if free is None or free.is_bad or free.divergence * CONTRADICTS > found.divergence:
         return []
     wrong = [name for name, value in told.items() if getattr(free.best, name) != value]
-    instead = ", ".join(f"{name} {shown(getattr(free.best, name))}" for name in wrong)
+    instead = ", ".join(f"{name} {as_given(getattr(free.best, name))}" for name in wrong)
     return [
         f"warning: its statistics contradict what was given; they say {instead} (divergence "
         f"{free.divergence:.2g}, as given {found.divergence:.2g})"
@@ -142,11 +143,7 @@ def described(reading: Reading) -> str:
     """Such as "shortcut A, channel_pad end, preprocess own_mean"."""
     fields = (*DECIDING[:-1], *(["colours"] if reading.colours is Colours.BGR else []))
     parts = [(name, getattr(reading, name)) for name in fields]
-    return ", ".join(f"{name} {shown(value)}" for name, value in parts if value is not None)
-
-
-def shown(value: Any) -> str:
-    return str(getattr(value, "value", value))
+    return ", ".join(f"{name} {as_given(value)}" for name, value in parts if value is not None)
 
 
 # --- The command itself -------------------------------------------------------------------
@@ -198,7 +195,7 @@ def compared(claimed: Mapping[str, Any], found: Identified) -> str:
     """Whether a checkpoint says the same of itself; what is not settled does not contradict it."""
     mine = found.best._asdict()
     wrong = [
-        f"{name} {shown(value)}"
+        f"{name} {as_given(value)}"
         for name, value in claimed.items()
         if mine[name] is not None and mine[name] != value and name not in found.unsure
     ]

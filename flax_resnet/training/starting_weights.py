@@ -6,7 +6,6 @@ They are read once: the run's first checkpoint, of step 0, holds them.
 import contextlib
 import dataclasses
 import difflib
-import enum
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from flax_resnet.parallel.processes import from_first, on_first
 from flax_resnet.parallel.sharding import put
 from flax_resnet.places import place
 from flax_resnet.resnet import split
+from flax_resnet.settings import as_given
 from flax_resnet.step import TrainState
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import locate, open_run, read_data_facts
@@ -218,11 +218,6 @@ def settings(architecture: Architecture) -> dict[str, Any]:
     if architecture.shortcut not in (Shortcut.B, Shortcut.C):
         del found["projection"]
     return {f"model.{name}": as_given(value) for name, value in found.items()}
-
-
-def as_given(value: Any) -> Any:
-    """A setting as a flag gives it."""
-    return value.value if isinstance(value, enum.Enum) else value
 
 
 def check_preprocess(

@@ -5,7 +5,6 @@ readers of such files, PyTorch's among them, pass over it.
 """
 
 import dataclasses
-import enum
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 from flax_resnet.config import Architecture, Preprocess, ResNetConfig
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError, WeightsError
-from flax_resnet.settings import accepted, types_of
+from flax_resnet.settings import accepted, as_given, types_of
 
 KEY = "flax_resnet"  # in the metadata, whose values are texts: JSON
 VERSION = 1
@@ -38,8 +37,7 @@ def to_metadata(header: Header | None) -> dict[str, str]:
     tree: dict[str, Any] = {
         "version": VERSION,
         "architecture": {
-            name: value.value if isinstance(value, enum.Enum) else value
-            for name, value in dataclasses.asdict(header.architecture).items()
+            name: as_given(value) for name, value in dataclasses.asdict(header.architecture).items()
         },
         "assumed": {x: text for x, text in header.assumed.items() if x in types_of(Architecture)},
         "batch_norm_momentum": header.batch_norm_momentum,

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import enum
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from flax_resnet.config import (
 from flax_resnet.errors import WeightsError
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet, abstract
+from flax_resnet.settings import as_given
 from flax_resnet.weights.header import Header
 from flax_resnet.weights.infer import infer
 from flax_resnet.weights.layouts import (
@@ -279,7 +279,8 @@ def agreed(header: Header, **told: Any) -> Header:
             architecture = dataclasses.replace(architecture, **{name: value})
         elif value != theirs:
             raise WeightsError(
-                f"{name} must be {shown(theirs)}, as the file's header says, got {shown(value)}"
+                f"{name} must be {as_given(theirs)}, as the file's header says, got "
+                f"{as_given(value)}"
             )
     if architecture.shortcut is not Shortcut.A:  # nothing is padded
         assumed.pop("channel_pad", None)
@@ -293,12 +294,8 @@ def differences(theirs: Architecture, ours: Architecture) -> str:
         for field in dataclasses.fields(Architecture)
     }
     return ", ".join(
-        f"{name} {shown(a)}, not {shown(b)}" for name, (a, b) in pairs.items() if a != b
+        f"{name} {as_given(a)}, not {as_given(b)}" for name, (a, b) in pairs.items() if a != b
     )
-
-
-def shown(value: Any) -> str:
-    return str(value.value if isinstance(value, enum.Enum) else value)
 
 
 def last_block(keys: Mapping[str, str]) -> str:
