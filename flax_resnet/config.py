@@ -11,9 +11,15 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from flax_resnet import places
+from flax_resnet import data_config
+from flax_resnet.data_config import Crop as Crop
+from flax_resnet.data_config import DataConfig as DataConfig
+from flax_resnet.data_config import Dataset as Dataset
+from flax_resnet.data_config import Interpolation as Interpolation
+from flax_resnet.data_config import Placement as Placement
+from flax_resnet.data_config import Preprocess as Preprocess
 from flax_resnet.errors import ConfigError
-from flax_resnet.settings import Settings, as_given, from_mapping, require, types_of
+from flax_resnet.settings import Settings, as_given, from_mapping, require, require_float32
 
 
 class Shortcut(enum.Enum):
@@ -108,11 +114,6 @@ class Parallel(enum.Enum):
     PMAP = "pmap"  # one program per device for its share
 
 
-class Dataset(enum.Enum):
-    CIFAR10 = "cifar10"  # 32x32 colour photographs in 10 classes
-    DIGITS = "digits"  # scikit-learn's 8x8 handwritten digits, enlarged to 32x32x3
-
-
 class Schedule(enum.Enum):
     """How the learning rate goes on after the warm-up."""
 
@@ -125,15 +126,6 @@ class Warmup(enum.Enum):
 
     CONSTANT = "constant"  # stays at warmup_lr: the paper
     LINEAR = "linear"  # rises by equal steps from warmup_lr to peak_lr
-
-
-class Preprocess(enum.Enum):
-    """How pixels become numbers."""
-
-    MEAN_IMAGE = "mean_image"  # 0..255, less the training set's mean image: the paper
-    OWN_MEAN = "own_mean"  # 0..1, less each image's own mean of each channel: tanjeffreyz
-    IMAGENET = "imagenet"  # 0..1, standardised by ImageNet's channel mean and deviation: akamaster
-    STANDARDIZE = "standardize"  # 0..1, standardised by the training set's own
 
 
 WIDTHS = {Stages.CIFAR: (16, 32, 64), Stages.IMAGENET: (64, 128, 256, 512)}
@@ -163,7 +155,6 @@ def stages_of(stages: Stages, depth: int) -> tuple[Block, tuple[int, ...], tuple
 LAST_STEP = 2**31 - 1  # steps, errors and images are counted in int32
 MOST_IMAGES = 2**24  # of a batch: float32, which divides the loss, has all integers to here
 MOST_SUMMANDS = 2**16  # of a sum in float32: 2^18 equal ones are 0.2 % off, as many 0.01 %
-LEAST_NUMBER, MOST_NUMBER = 2.0**-126, 2.0**127  # float32 has smaller ones, which XLA makes zero
 ROUNDED_TO_1 = 1 - 2**-25  # by float32
 
 
@@ -375,34 +366,6 @@ class ResNetConfig(Settings, group="model"):
 
 
 @dataclass
-class DataConfig(Settings, group="data"):
-    """Which images, and what becomes of them before the network sees them."""
-
-    name: Dataset = Dataset.CIFAR10
-    dir: str | None = None  # of tensorflow-datasets; else $TFDS_DATA_DIR, else its own default
-    preprocess: Preprocess = Preprocess.MEAN_IMAGE
-    pad: int = 4  # zeros around a training image before the random crop; 0: no crop
-    flip: bool = True
-    # mixup: each image is blended with another, in a share drawn from Beta(mixup, mixup); 0: never
-    mixup: float = 0.0
-    # CutMix: a box of each image comes from another, of a size drawn from Beta(cutmix, cutmix);
-    # 0: never; with mixup: a coin says for each batch which of the two
-    cutmix: float = 0.0
-    validation: int = 0  # training examples held out; the paper's 45k/5k split: 5000
-
-    def validate(self) -> None:
-        """Raises ConfigError for numbers out of range, and a `dir` that is not on this machine."""
-        require_float32(self)
-        require(self.dir != "", "data.dir", "a directory, or none for the default", self.dir)
-        if self.dir is not None:
-            places.local_path(self.dir, "data.dir")
-        require(0 <= self.pad <= 32, "data.pad", "0 to 32 pixels", self.pad)
-        require(self.validation >= 0, "data.validation", "0 or more examples", self.validation)
-        for name, alpha in {"data.mixup": self.mixup, "data.cutmix": self.cutmix}.items():
-            require(alpha == 0 or 1e-3 <= alpha <= 1e3, name, "0, or 0.001 to 1000", alpha)
-
-
-@dataclass
 class OptimConfig(Settings, group="optim"):
     """SGD with momentum, and a learning rate that changes with the step."""
 
@@ -526,8 +489,7 @@ class Experiment(Settings):
             found |= dict.fromkeys(("model.projection", "model.projection_init"), why)
         if stages_of(self.model.stages, self.model.depth)[0] is not Block.BOTTLENECK:
             found["model.stride"] = f"a network of depth {self.model.depth} has no bottlenecks"
-        if self.data.name is Dataset.DIGITS and self.data.dir is not None:
-            found["data.dir"] = "the digits come with scikit-learn"
+        found |= self.data.idle()
         if self.optim.schedule is Schedule.COSINE:
             why = "optim.schedule is cosine"
             found |= dict.fromkeys(("optim.boundaries", "optim.decay_factor"), why)
@@ -560,7 +522,7 @@ class Experiment(Settings):
 # Settings that decide how a run is computed and told, and nothing of its numbers: it may go on with
 # others. (A scan and rematerialisation change nothing to the bit: parity_tests/test_scan.py.)
 INCIDENTAL = (
-    "data.dir",
+    *data_config.INCIDENTAL,
     "model.remat",
     "model.scan_blocks",
     "train.checkpoint_every",
@@ -587,16 +549,6 @@ SCHEDULE = (
 
 # Version 0.1 named a preprocessing by who does it so.
 PREPROCESS_0_1 = {"paper": "mean_image", "reference": "own_mean", "akamaster": "imagenet"}
-
-
-def require_float32(settings: Settings) -> None:
-    """Raises ConfigError if float32 would make a number of these settings another one."""
-    for name in types_of(type(settings)):
-        value = getattr(settings, name)
-        if isinstance(value, float):
-            is_number = not value or LEAST_NUMBER <= abs(value) <= MOST_NUMBER
-            rule = "0 or a number that float32 has"
-            require(is_number, settings.prefix + name, rule, value)
 
 
 def upgrade(tree: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ LONGEST = 100  # characters of a refused value that are shown
 NUMBERS: dict[type, Any] = {int: numbers.Integral, float: numbers.Real}
 ONE = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false"}
 SEVERAL: dict[Any, str] = {int: "integers", float: "finite numbers", str: "texts"}
+LEAST_NUMBER, MOST_NUMBER = 2.0**-126, 2.0**127  # float32 has smaller ones, which XLA makes zero
 ALIKE = 0.6  # of 1: how like a name must be to be suggested
 
 
@@ -218,3 +219,13 @@ def require(holds: bool, name: str, rule: str, value: object) -> None:
     """Raises ConfigError `name must be rule, got value` unless it holds."""
     if not holds:
         raise ConfigError(f"{name} must be {rule}, got {shown(value)}")
+
+
+def require_float32(settings: Settings) -> None:
+    """Raises ConfigError if float32 would make a number of these settings another one."""
+    for name in types_of(type(settings)):
+        value = getattr(settings, name)
+        if isinstance(value, float):
+            is_number = not value or LEAST_NUMBER <= abs(value) <= MOST_NUMBER
+            rule = "0 or a number that float32 has"
+            require(is_number, settings.prefix + name, rule, value)

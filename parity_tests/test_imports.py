@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"errors", "shipped", "streams"},
     {"settings", "json_files", "drawing", "surroundings", "places"},
+    {"data_config"},
     {"config"},
     {"data", "nn"},
     {"parallel"},
