@@ -1,4 +1,4 @@
-"""What some tests need and the project does not hold: CIFAR-10, published weights and curves.
+"""What some tests need and the project does not hold: CIFAR-10, photographs, weights and curves.
 
 Each is looked for where its environment variable says, then in `../shared`, beside the checkout.
 Where it is not, the test is skipped, and the reason says how to get it. No test downloads anything.
@@ -14,6 +14,7 @@ from flax_resnet.data import cifar10
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CHECKPOINTS = "FLAX_RESNET_TEST_CHECKPOINTS"
 METRICS = "FLAX_RESNET_TEST_METRICS"
+PHOTOS = "FLAX_RESNET_TEST_PHOTOS"
 PREPARE = "python -c 'from flax_resnet.data import cifar10; cifar10.load(None)'"
 
 
@@ -59,5 +60,16 @@ def need_metrics() -> Path:
             f"no metrics of tanjeffreyz: set {METRICS} to a directory that holds each "
             "models/NETWORK/DATE/TIME/ of github.com/tanjeffreyz/deep-residual-learning that has a "
             "test_errors.npy, as NETWORK-TIME/"
+        )
+    return path
+
+
+def need_photos() -> Path:
+    """A folder of photographs: {train,val}/CLASS/*.jpg."""
+    path = find(PHOTOS, "photos", "val/*/*.jpg")
+    if path is None:
+        pytest.skip(
+            f"no photographs: set {PHOTOS} to a directory with train/CLASS/*.jpg and "
+            "val/CLASS/*.jpg, such as those of Azure-Samples/cognitive-services-sample-data-files"
         )
     return path

@@ -5,11 +5,27 @@ What of the code of kuangliu/pytorch-cifar (models/resnet.py), akamaster/pytorch
 here anew.
 """
 
+import importlib
+import sys
+import types
 from collections.abc import Sequence
+from typing import Any
+
+import pytest
 
 from parity_tests.pair import torch
 
 nn, F = torch.nn, torch.nn.functional
+
+
+def torchvision(module: str) -> Any:
+    """A module of torchvision itself, such as "models"; skips the test where it is not."""
+    # Its compiled operators are of another build of torch, and what is used here needs none.
+    name = "torchvision._meta_registrations"
+    sys.modules.setdefault(name, types.ModuleType(name))
+    how = "pip install --no-deps torchvision==0.28.0, or the extra `peers`"
+    pytest.importorskip("torchvision", reason=f"torchvision's own code: {how}")
+    return importlib.import_module(f"torchvision.{module}")
 
 
 def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:

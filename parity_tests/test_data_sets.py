@@ -15,7 +15,7 @@ def need_weights() -> Path:
     return data_sets.need_checkpoint("a.th", "the moon")
 
 
-@pytest.fixture(params=["cifar10", "weights", "curves"])
+@pytest.fixture(params=["cifar10", "weights", "curves", "photos"])
 def need(request: pytest.FixtureRequest) -> tuple[Callable[[], Path], str, str, str]:
     """The function, its variable, its folder of ../shared, and a file that must be there."""
     dataset = f"cifar10/{VERSION}/dataset_info.json"
@@ -27,6 +27,12 @@ def need(request: pytest.FixtureRequest) -> tuple[Callable[[], Path], str, str, 
             "FLAX_RESNET_TEST_METRICS",
             "reference/metrics",
             CURVES,
+        ),
+        "photos": (
+            data_sets.need_photos,
+            "FLAX_RESNET_TEST_PHOTOS",
+            "photos",
+            "val/cat/1.jpg",
         ),
     }[request.param]
 
@@ -58,4 +64,5 @@ def test_a_skip_names_the_variable_and_the_source(
         function()
     message = str(skipped.value)
     assert f"set {variable} to a directory" in message
-    assert any(source in message for source in (ARCHIVE_URL, "from the moon", "github.com/"))
+    sources = ARCHIVE_URL, "from the moon", "github.com/", "Azure-Samples/"
+    assert any(source in message for source in sources)

@@ -7,10 +7,6 @@ knows nothing of this project, so it shares no mistake with the twin.
 The odd image size puts max-pool's padding to the test, and the strides of all stages.
 """
 
-import importlib
-import sys
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,19 +14,15 @@ import pytest
 
 import flax_resnet
 from flax_resnet.config import Shortcut, Stride
+from parity_tests import others
 from parity_tests.pair import torch
 
 pytestmark = pytest.mark.slow
-HOW = "pip install --no-deps torchvision==0.28.0, or the extra `peers`"
 
 
 def torchvision_model(depth: int) -> "torch.nn.Module":
     """torchvision's ResNet with random weights and statistics, in float64."""
-    # Its compiled operators are of another build of torch, and its models need none of them.
-    name = "torchvision._meta_registrations"
-    sys.modules.setdefault(name, types.ModuleType(name))
-    pytest.importorskip("torchvision", reason=f"torchvision's own code: {HOW}")
-    models = importlib.import_module("torchvision.models")
+    models = others.torchvision("models")
     torch.manual_seed(depth)
     model = getattr(models, f"resnet{depth}")(num_classes=10).double().eval()
     for module in model.modules():
