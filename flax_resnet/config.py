@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flax_resnet import data_config
+from flax_resnet.data_config import SIDE
 from flax_resnet.data_config import Crop as Crop
 from flax_resnet.data_config import DataConfig as DataConfig
 from flax_resnet.data_config import Dataset as Dataset
@@ -423,7 +424,7 @@ class TrainConfig(Settings, group="train"):
     batch_size: int = 128  # images of a step
     accumulate: int = 1  # equal micro-batches that a batch is divided into, to need less memory
     label_smoothing: float = 0.0  # part of a label that is spread evenly over all classes
-    eval_batch_size: int = 1000
+    eval_batch_size: int | None = None  # None: 1000 of 32 pixels, 128 of larger images
     log_every: int = 100
     evaluate_every: int = 1000
     checkpoint_every: int = 1000
@@ -441,7 +442,8 @@ class TrainConfig(Settings, group="train"):
         require(self.steps <= LAST_STEP, "train.steps", f"at most {LAST_STEP}", self.steps)
         for name in ("batch_size", "eval_batch_size"):
             value = getattr(self, name)
-            require(value <= MOST_IMAGES, f"train.{name}", f"at most {MOST_IMAGES}", value)
+            is_some = value is None or value <= MOST_IMAGES
+            require(is_some, f"train.{name}", f"at most {MOST_IMAGES}", value)
         # What a line of the log sums up, when there are so many steps.
         most = min(MOST_SUMMANDS, LAST_STEP // self.batch_size)
         rule = f"at most {most}, over which a line of the log can be summed"
@@ -477,6 +479,11 @@ class Experiment(Settings):
         rule = "empty without init, beside which all weights are new"
         require(self.init is not None or not self.init_fresh, "init_fresh", rule, self.init_fresh)
         require(self.wandb != "", "wandb", "a project's name, or none", self.wandb)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images that an evaluation sees at once."""
+        return self.train.eval_batch_size or (1000 if self.data.side <= SIDE else 128)
 
     def idle(self) -> dict[str, str]:
         """By path, the settings that change nothing beside the others, and why."""

@@ -110,6 +110,11 @@ class DataConfig(Settings, group="data"):
         return self.view.crop or self.view.resize or SIDE
 
     @property
+    def padding(self) -> int:
+        """Zeros around a training image on the device."""
+        return self.pad if self.view.train_crop is Crop.PAD else 0
+
+    @property
     def num_threads(self) -> int:
         """How many threads decode in each process."""
         return self.threads or os.cpu_count() or 1

@@ -15,7 +15,8 @@ from flax_resnet.config import DType, Experiment, ResNetConfig, Shortcut
 from flax_resnet.data import digits, pixels
 from flax_resnet.parallel import sharding
 from flax_resnet.step import init
-from flax_resnet.training.loop import compile_steps, draw_steps
+from flax_resnet.training.feed import draw_steps
+from flax_resnet.training.loop import compile_steps
 
 TOLERANCE = 1e-12
 CURES = re.compile('inlineable = "false"')

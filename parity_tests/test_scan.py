@@ -28,7 +28,8 @@ from flax_resnet.parallel import sharding
 from flax_resnet.resnet import ResNet, abstract, split
 from flax_resnet.step import TrainState, init
 from flax_resnet.training.checkpoint import Checkpoints
-from flax_resnet.training.loop import compile_steps, draw_steps
+from flax_resnet.training.feed import draw_steps
+from flax_resnet.training.loop import compile_steps
 from flax_resnet.weights.state_dict import to_state_dict
 
 TOLERANCE = 1e-12

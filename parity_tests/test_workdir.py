@@ -85,6 +85,8 @@ def test_a_run_goes_on_with_other_incidental_settings(
     settings = config.train
     settings.log_every, settings.evaluate_every, settings.checkpoint_every = 1, 3, 2
     settings.eval_batch_size, settings.steps_per_call = 100, 3
+    data = config.data
+    data.allow_bad, data.placement, data.threads, data.workers = 1, "streamed", 2, 1
     logging.getLogger("flax_resnet").propagate = True
     with caplog.at_level(logging.INFO, "flax_resnet"):
         fit(config, half)

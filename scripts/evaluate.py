@@ -93,7 +93,7 @@ def main() -> None:
     if BATCH_STATISTICS.value:
         evaluate = make_evaluate_by_batch_statistics(config.model, constants, mesh)
     else:
-        size = config.train.eval_batch_size
+        size = config.eval_batch_size
         evaluate = Evaluation(config.model, init(config)[0], constants, mesh, size)
     result = evaluate(*sharding.replicate(mesh, (params, batch_stats, test))).mean()
     tree = {"test_error": result["error"], "test_loss": result["loss"]}

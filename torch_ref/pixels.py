@@ -31,8 +31,12 @@ def normalize(
     std: np.ndarray,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """uint8 pixels (b, h, w, 3) as numbers (b, 3, h, w); mean None: each image's own."""
-    x = torch.as_tensor(image).to(dtype) * scale
+    """uint8 pixels (b, h, w, 3) as numbers (b, 3, h, w); mean None: each image's own.
+
+    With one mean for each channel as torchvision's ToTensor and Normalize do it.
+    """
+    x = torch.as_tensor(image).to(dtype)
+    x = x / (1 / scale) if mean is not None and mean.ndim == 1 else x * scale
     like = {"dtype": dtype, "device": x.device}
     own = x.mean((1, 2), keepdim=True)
     x = (x - (own if mean is None else torch.as_tensor(mean, **like))) / torch.as_tensor(

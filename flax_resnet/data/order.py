@@ -6,6 +6,7 @@ the step and nothing else.
 """
 
 import math
+import threading
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,11 +14,12 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from flax_resnet.config import DataConfig
-from flax_resnet.data.examples import SIZE
 from flax_resnet.settings import require
 
 MOST_EXAMPLES = 2**31 - 1  # which an index, int32 on the device, can tell apart
-ORDER, AUGMENTATION, MIX, SHARE = range(4)  # independent streams of random numbers
+ORDER, AUGMENTATION, MIX, SHARE, COLOUR, VIEW = range(6)  # independent streams of random numbers
+
+lock = threading.Lock()
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are outside
 
@@ -56,7 +58,7 @@ def draw(config: DataConfig, seed: int, step: int, batch_size: int, num_examples
     for e in np.unique(epoch):
         index[epoch == e] = permutation(seed, int(e), num_examples)[position[epoch == e]]
     raw = random_integers(seed, AUGMENTATION, step, 3 * batch_size).reshape(3, batch_size)
-    offset = (raw[:2].T % np.uint64(2 * config.pad + 1)).astype(np.int32)
+    offset = (raw[:2].T % np.uint64(2 * config.padding + 1)).astype(np.int32)
     flip = (raw[2] >> np.uint64(63) != 0) & config.flip
     if not config.mixup and not config.cutmix:
         return Draw(index, offset, flip)
@@ -86,20 +88,26 @@ def draw_share(config: DataConfig, seed: int, step: int) -> tuple[np.float32, Bo
     share = np.float32(generator.beta(alpha, alpha))
     if not is_cut:
         return share, (0, 0, 0, 0)
-    box = cut_box(float(share), down % SIZE, right % SIZE)
-    return np.float32(1 - (box[2] - box[0]) * (box[3] - box[1]) / SIZE**2), box
+    side = config.side
+    box = cut_box(float(share), down % side, right % side, side)
+    return np.float32(1 - (box[2] - box[0]) * (box[3] - box[1]) / side**2), box
 
 
-def cut_box(share: float, down: int, right: int) -> Box:
+def cut_box(share: float, down: int, right: int, side: int) -> Box:
     """CutMix's box: a square of 1 - `share` of the image around a pixel, cut off at the edges."""
-    half = int(0.5 * math.sqrt(1 - share) * SIZE)
+    half = int(0.5 * math.sqrt(1 - share) * side)
     top, left = max(down - half, 0), max(right - half, 0)
-    return top, left, min(down + half, SIZE), min(right + half, SIZE)
+    return top, left, min(down + half, side), min(right + half, side)
+
+
+def permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
+    """The order of the examples in an epoch; drawn once, however many threads ask."""
+    with lock:
+        return drawn_permutation(seed, epoch, num_examples)
 
 
 @lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
-    """The order of the examples in an epoch."""
+def drawn_permutation(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
     return np.argsort(random_integers(seed, ORDER, epoch, num_examples), kind="stable")
 
 

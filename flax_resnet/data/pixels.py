@@ -79,6 +79,8 @@ def make_normalization(
         return Normalization(1 / 255, None, ones)
     if preprocess is Preprocess.IMAGENET:
         return Normalization(1 / 255, np.array(IMAGENET_MEAN), np.array(IMAGENET_STD))
+    if preprocess is Preprocess.CONSTANTS:
+        raise ValueError("the constants are data.mean and data.std: see source.normalization")
     if train is None:
         raise ValueError(
             f"the constants of {preprocess.value} come from training images: give them"
@@ -93,13 +95,25 @@ def make_normalization(
 def normalize(
     image: UInt8[Array, "b h w 3"], constants: Normalization, dtype: DTypeLike
 ) -> Float[Array, "b h w 3"]:
-    """Pixels as numbers."""
+    """Pixels as numbers.
+
+    With one mean for each channel they are looked up: XLA would rewrite the quotients, and
+    torchvision's bits be lost.
+    """
+    if constants.mean is not None and constants.mean.ndim == 1:
+        return jnp.asarray(table(constants, dtype))[image, np.arange(3)]
     x = image.astype(dtype) * constants.scale
     if constants.mean is None:
         mean = x.mean((1, 2), keepdims=True)
     else:
         mean = jnp.asarray(constants.mean, dtype)
     return (x - mean) / jnp.asarray(constants.std, dtype)
+
+
+def table(constants: Normalization, dtype: DTypeLike) -> Float[np.ndarray, "256 3"]:
+    """What each level of each channel becomes: (x / 255 - mean) / std, rounded as NumPy does."""
+    levels = np.arange(256, dtype=dtype)[:, None] / np.asarray(1 / constants.scale, dtype)
+    return (levels - np.asarray(constants.mean, dtype)) / constants.std.astype(dtype)
 
 
 def crop_and_flip(
@@ -136,24 +150,49 @@ def mix(
     return jnp.where(is_cut, jnp.where(inside, other, image), blend)
 
 
+class Seen(NamedTuple):
+    """The images that the streamed batch of a step consists of, still as pixels."""
+
+    image: UInt8[Array | np.ndarray, "b h w 3"]
+    label: Int[Array | np.ndarray, " b"]
+
+
+class Streamed(NamedTuple):
+    """A streamed batch, and what is to be done with it."""
+
+    drawn: Draw
+    images: Seen
+    others: Seen | None = None  # that are mixed into them
+
+
 def training_batch(
     examples: Examples, drawn: Draw, constants: Normalization, pad: int, dtype: DTypeLike
 ) -> Batch:
     """The examples that `drawn` names, cropped, mirrored and mixed. Runs inside `jit`."""
 
-    def seen(drawn: Draw | Mix) -> Batch:
-        indices, offset, flip = map(jnp.asarray, drawn[:3])
+    def seen(drawn: Draw | Mix) -> Seen:
         image, label = map(jnp.asarray, examples)
-        image = normalize(image[indices], constants, dtype)
-        return Batch(crop_and_flip(image, offset, flip, pad), label[indices])
+        return Seen(image[drawn.indices], label[drawn.indices])
 
-    batch = seen(drawn)
-    if drawn.mix is None:
-        return batch
-    other = seen(drawn.mix)
+    others = None if drawn.mix is None else seen(drawn.mix)
+    return streamed_batch(Streamed(drawn, seen(drawn), others), constants, pad, dtype)
+
+
+def streamed_batch(batch: Streamed, constants: Normalization, pad: int, dtype: DTypeLike) -> Batch:
+    """The images that are given, cropped, mirrored and mixed. Runs inside `jit`."""
+    drawn = batch.drawn
+
+    def augmented(drawn: Draw | Mix, images: Seen) -> Array:
+        x = normalize(jnp.asarray(images.image), constants, dtype)
+        return crop_and_flip(x, jnp.asarray(drawn.offset), jnp.asarray(drawn.flip), pad)
+
+    image, label = augmented(drawn, batch.images), jnp.asarray(batch.images.label)
+    if drawn.mix is None or batch.others is None:
+        return Batch(image, label)
     share = jnp.asarray(drawn.mix.share, dtype)
-    image = mix(batch.image, other.image, share, jnp.asarray(drawn.mix.box))
-    return Batch(image, batch.label, other.label, share)
+    other = augmented(drawn.mix, batch.others)
+    image = mix(image, other, share, jnp.asarray(drawn.mix.box))
+    return Batch(image, label, jnp.asarray(batch.others.label), share)
 
 
 def evaluation_batch(

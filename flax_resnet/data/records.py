@@ -57,12 +57,12 @@ class Prepared(NamedTuple):
 class Records(Encoded):
     """A split of a prepared set: in the order of its shards, CIFAR's by their ids."""
 
-    def __init__(self, files: list[Path], counts: list[int], features: Any, image: str) -> None:
-        """Args: the shards and how many records each has; TFDS's features; the image's name."""
+    def __init__(self, files: list[Path], counts: list[int], features: Any, key: str) -> None:
+        """Args: the shards, how many records each has, TFDS's features, and the image's name."""
         self.files = files
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self.features = features
-        self.image = image
+        self.key = key
         # With its range a shard is opened only when one of its records is asked for.
         self.source = ArrayRecordDataSource(
             [f"{path}[0:{count}]" for path, count in zip(files, counts, strict=True)]
@@ -72,12 +72,12 @@ class Records(Encoded):
         allow_open_files(len(files))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state
+        vars(self).update(state)
         allow_open_files(len(self.files))
 
     def read(self, index: int) -> bytes:
         try:
-            return undecoded(self.features, self.source[self.order[index]])[self.image]
+            return undecoded(self.features, self.source[self.order[index]])[self.key]
         except Exception as error:  # Neither array_record nor TFDS says what it raises.
             raise DatasetError(
                 f"{self.name(index)} is damaged ({prepared.reason(error)})"
@@ -158,7 +158,8 @@ def _open(config: DataConfig) -> Prepared:
             "and put that in its place"
         )
     keys = _keys(directory, builder.info)
-    names = builder.info.features[keys.label].names
+    features: Any = builder.info.features
+    names = features[keys.label].names
     return Prepared(directory, builder, keys, tuple(names))
 
 

@@ -1,29 +1,54 @@
-"""The splits of the data set that a config names, and the constants of its preprocessing."""
+"""The splits of the data set that a config names, and the constants of its preprocessing.
+
+A split is resident, two arrays that go to the devices whole, or streamed, images that are decoded
+as they are needed. What a network sees is the same.
+"""
 
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 
-from flax_resnet.config import DataConfig, Dataset, ResNetConfig
-from flax_resnet.data import cifar10, digits
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from flax_resnet.config import Crop, DataConfig, Dataset, Placement, Preprocess, ResNetConfig
+from flax_resnet.data import cifar10, digits, folder, records, views
+from flax_resnet.data.encoded import Arrays, Images, Part
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization, make_normalization
 from flax_resnet.errors import ConfigError
 from flax_resnet.settings import require
 
-CLASSES = {Dataset.CIFAR10: 10, Dataset.DIGITS: 10}
+Split = Examples | Images
+
 SPLITS = ("train", "test", "validation")
+RESIDENT_BYTES = 2**30  # the most that a split may take to be resident without being told
+STATISTICS_IMAGES = 2000  # photographs whose mean and deviation are taken
+SLOW_IMAGES = 500  # from which it is worth to show how far their decoding is
 
 
-def load(config: DataConfig, splits: Collection[str] = SPLITS) -> dict[str, Examples]:
+def load(config: DataConfig, splits: Collection[str] = SPLITS) -> dict[str, Split]:
     """Those of "train", "test" and "validation" that are asked for and that there are.
 
-    "validation" is the last `config.validation` examples of the training images, and "train" what
-    is left of them. Only what is asked for is read.
+    Of CIFAR and the digits "validation" is the last `config.validation` training examples. Of
+    photographs, which lie in the order of their classes, it is so many evenly spaced ones, and
+    they are "test" where there is no other split to test on. "train" is what is left.
 
     Raises:
         DatasetError: the dataset is missing or damaged.
-        ConfigError: more examples are to be held out than there are.
+        ConfigError: more examples are to be held out than there are, or a split cannot be resident.
     """
     config.validate()
+    found = load_arrays(config, splits) if is_small(config) else load_images(config, splits)
+    return {split: placed(config, split, found[split]) for split in SPLITS if split in found}
+
+
+def is_small(config: DataConfig) -> bool:
+    return config.name not in (Dataset.FOLDER, Dataset.TFDS)
+
+
+def load_arrays(config: DataConfig, splits: Collection[str]) -> dict[str, Split]:
+    """CIFAR's and the digits' splits; only what is asked for is read."""
     files = [split for split in ("train", "test") if split in splits]
     if "validation" in splits and config.validation and "train" not in files:
         files.append("train")
@@ -31,25 +56,117 @@ def load(config: DataConfig, splits: Collection[str] = SPLITS) -> dict[str, Exam
     found = digits.load() if is_digits else cifar10.load(config.dir, files)
     if config.validation and "train" in found:
         train = found["train"]
-        size = len(train.label) - config.validation
-        if size < 1:
-            raise ConfigError(
-                f"data.validation must be below {len(train.label)}, the size of the training "
-                f"split, got {config.validation}"
-            )
+        size = left(config, len(train.label))
         found["train"] = Examples(train.image[:size], train.label[:size])
         found["validation"] = Examples(train.image[size:], train.label[size:])
-    return {split: found[split] for split in SPLITS if split in splits and split in found}
+    return {split: found[split] for split in splits if split in found}
+
+
+def load_images(config: DataConfig, splits: Collection[str]) -> dict[str, Split]:
+    is_folder = config.name is Dataset.FOLDER
+    found: dict[str, Images] = {**(folder if is_folder else records).load(config)}
+    if "train" in found and (config.validation or "test" not in found):
+        held_out = "validation" if "test" in found else "test"
+        if held_out in found:
+            raise ConfigError(
+                "data.validation must be 0 where there is a folder of validation images already, "
+                f"got {config.validation}"
+            )
+        if config.validation or "train" in splits:
+            train, size = found["train"], len(found["train"])
+            if not config.validation:
+                raise ConfigError(
+                    f"there is one split of {size} images, and nothing to test on: hold some out "
+                    "with --config.data.validation=N"
+                )
+            left(config, size)
+            chosen = np.linspace(0, size - 1, config.validation).round().astype(int)
+            found[held_out] = Part(train, chosen)
+            found["train"] = Part(train, np.setdiff1d(np.arange(size), chosen))
+        else:  # to be evaluated alone
+            found = {"test": found["train"]}
+    return {split: found[split] for split in splits if split in found}
+
+
+def left(config: DataConfig, size: int) -> int:
+    """How many training examples are not held out. Raises ConfigError if none are."""
+    if size <= config.validation:
+        raise ConfigError(
+            f"data.validation must be below {size}, the size of the training split, got "
+            f"{config.validation}"
+        )
+    return size - config.validation
+
+
+def placed(config: DataConfig, split: str, found: Split) -> Split:
+    """A split as `config.placement` wants it, which None leaves to its size."""
+    view = config.view
+    is_drawn = split == "train" and view.train_crop in (Crop.RANDOM_RESIZED, Crop.SCALE_JITTER)
+    bytes_ = len(found.label) * 3 * config.side**2
+    placement = config.placement
+    if placement is Placement.RESIDENT and is_drawn:
+        raise ConfigError(
+            "data.placement must be streamed with a data.train_crop that cuts each image from its "
+            f"own size ({view.train_crop.value}), got resident; pad and centre can be resident"
+        )
+    if placement is None:
+        is_large = is_drawn or bytes_ > RESIDENT_BYTES
+        placement = Placement.STREAMED if is_large else Placement.RESIDENT
+    if placement is Placement.STREAMED:
+        is_array = isinstance(found, Examples)
+        return Arrays(found, f"{config.name.value}'s {split} split") if is_array else found
+    if isinstance(found, Examples):
+        if view.resize is None and view.crop is None:
+            return found
+        found = Arrays(found, f"{config.name.value}'s {split} split")
+    return Examples(evaluation_views(config, found, range(len(found)), split), found.label)
+
+
+def evaluation_views(
+    config: DataConfig, images: Images, indices: Collection[int], what: str
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """These images as an evaluation sees them, decoded by threads."""
+
+    def view(index: int) -> UInt8[np.ndarray, "h w 3"]:
+        return images.seen(index, lambda x: views.evaluation(x, config))
+
+    shape = (len(indices), config.side, config.side, 3)
+    found = np.empty(shape, np.uint8)
+    with ThreadPoolExecutor(config.num_threads) as pool:
+        is_quick = len(indices) < SLOW_IMAGES
+        decoded = pool.map(view, map(int, indices))
+        try:
+            bar = tqdm(decoded, f"decoding {what}", len(indices), unit="image", disable=is_quick)
+            for i, image in enumerate(bar):
+                found[i] = image
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found
 
 
 def is_here(config: DataConfig) -> bool:
     """Whether `load` needs no download."""
-    return config.name is Dataset.DIGITS or cifar10.is_here(config.dir)
+    if config.name is Dataset.TFDS:
+        return records.is_here(config)
+    return config.name is not Dataset.CIFAR10 or cifar10.is_here(config.dir)
+
+
+def class_names(config: DataConfig) -> tuple[str, ...]:
+    """What the classes are called, in the order of their numbers. Raises as `load` does."""
+    config.validate()
+    if config.name is Dataset.FOLDER:
+        return folder.class_names(config)
+    if config.name is Dataset.TFDS:
+        return records.class_names(config)
+    if config.name is Dataset.DIGITS:
+        return tuple(map(str, range(10)))
+    return cifar10.CLASSES
 
 
 def check_network(config: DataConfig, model: ResNetConfig) -> None:
     """Raises ConfigError for a network of other classes or channels than the images have."""
-    classes, given = CLASSES[config.name], model.num_classes
+    classes, given = len(class_names(config)), model.num_classes
     if given != classes:
         raise ConfigError(
             f"model.num_classes must be {classes}, the classes of {config.name.value}, got "
@@ -59,11 +176,42 @@ def check_network(config: DataConfig, model: ResNetConfig) -> None:
     require(model.image_channels == 3, "model.image_channels", rule, model.image_channels)
 
 
-def normalization(config: DataConfig) -> Normalization:
+def normalization(config: DataConfig, train: Split | None = None) -> Normalization:
     """The constants of `config.preprocess`.
 
-    The training images are read only where the constants come from them. Raises as `load` does.
+    The training images are read only where the constants come from them, of photographs 2,000 that
+    are evenly spaced. Raises as `load` does.
+
+    Args:
+        train: the training images, if they have been loaded.
     """
+    if config.preprocess is Preprocess.CONSTANTS:
+        return Normalization(1 / 255, np.array(config.mean), np.array(config.std))
     if config.preprocess not in FROM_TRAINING_IMAGES:
         return make_normalization(config.preprocess)
-    return make_normalization(config.preprocess, load(config, ("train",))["train"].image)
+    if train is None:
+        train = load(config, ("train",))["train"]
+    return make_normalization(config.preprocess, sample(config, train, STATISTICS_IMAGES))
+
+
+def first(config: DataConfig, split: Split, number: int) -> UInt8[np.ndarray, "n h w 3"]:
+    """The first images of a split as an evaluation sees them."""
+    if isinstance(split, Examples):
+        return split.image[:number]
+    return evaluation_views(config, split, range(min(number, len(split))), "images")
+
+
+def sample(config: DataConfig, split: Split, number: int) -> UInt8[np.ndarray, "n h w 3"]:
+    """Of CIFAR and the digits, as they are, all images; else so many, evenly spaced, or all.
+
+    It does not depend on where the images are.
+    """
+    size = len(split.label)
+    is_as_it_is = is_small(config) and config.view.crop is None
+    chosen = np.linspace(0, size - 1, size if is_as_it_is else min(number, size))
+    chosen = chosen.round().astype(int)
+    if isinstance(split, Arrays) and is_as_it_is:
+        return split.pixels
+    if isinstance(split, Examples):
+        return split.image if len(chosen) == size else split.image[chosen]
+    return evaluation_views(config, split, chosen, "a sample of the training images")

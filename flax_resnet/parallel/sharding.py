@@ -51,7 +51,40 @@ def split_batch(mesh: Mesh, tree: Any, parallel: Parallel = Parallel.JIT, axis: 
     if parallel is Parallel.PMAP:  # whose first axis is the device
         parts = jax.tree.map(lambda x: np.stack(np.split(x, mesh.size, axis)), tree)
         return _put(parts, NamedSharding(mesh, P(AXIS)))
-    return _put(tree, NamedSharding(mesh, P(*[None] * axis, AXIS)))
+    return _put(tree, batch_sharding(mesh, axis))
+
+
+def local_places(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which examples of a batch go to the devices of this process, in rising order."""
+    found = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_size,))
+    places = [np.arange(batch_size)[index] for index in found.values() if index is not None]
+    return np.unique(np.concatenate(places))
+
+
+def split_local(
+    mesh: Mesh, tree: Any, places: np.ndarray, parallel: Parallel = Parallel.JIT, axis: int = 0
+) -> Any:
+    """As `split_batch`, of a batch of which this process has only what `local_places` tells."""
+    if jax.process_count() == 1:  # and so has all of it
+        return split_batch(mesh, tree, parallel, axis)
+    sharding = batch_sharding(mesh, axis)
+
+    def put_local(x: np.ndarray) -> jax.Array:
+        size = mesh.size * len(places) // len(mesh.local_devices)
+        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+
+        def part(index: Any) -> np.ndarray:
+            start = np.searchsorted(places, index[axis].start or 0)
+            stop = start + size // mesh.size
+            return x[(slice(None),) * axis + (slice(start, stop),)].copy()
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put_local, tree)
+
+
+def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
+    return NamedSharding(mesh, P(*[None] * axis, AXIS))
 
 
 def compile_step(

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from flax_resnet.config import Block, Experiment, ResNetConfig
 from flax_resnet.data import pixels, source
-from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import Normalization
+from flax_resnet.data.source import Split
 from flax_resnet.json_files import write_json
 from flax_resnet.nn.scan import Tree
 from flax_resnet.parallel import sharding
@@ -57,7 +57,7 @@ def layer_responses(
     config: Experiment,
     params: Tree,
     batch_stats: Tree,
-    examples: Examples,
+    examples: Split,
     constants: Normalization,
 ) -> dict[str, Any]:
     """Standard deviation of each layer's output (paper, section 4.2 and figure 7).
@@ -77,10 +77,11 @@ def layer_responses(
         model.eval()
         return [(y.mean(), y.var()) for y in layer_outputs(model, image)]
 
-    size = min(NUM_IMAGES, len(examples.label))
+    images = source.first(config.data, examples, NUM_IMAGES)
+    size = len(images)
     sizes, found = [], []
     for start in range(0, size, BATCH_SIZE):
-        image = examples.image[start : min(start + BATCH_SIZE, size)]
+        image = images[start : start + BATCH_SIZE]
         x = pixels.normalize(jnp.array(image), constants, param_dtype(config.model))
         sizes.append(len(image))
         found.append(jax.device_get(moments(params, batch_stats, x)))

@@ -1,16 +1,19 @@
 """Loss and error over a whole split, every example once."""
 
+import contextlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from flax_resnet.config import ResNetConfig
-from flax_resnet.data import pixels
+from flax_resnet.config import DataConfig, ResNetConfig
+from flax_resnet.data import pixels, stream
+from flax_resnet.data.encoded import Images
 from flax_resnet.data.examples import Examples
-from flax_resnet.data.pixels import Normalization
+from flax_resnet.data.pixels import Batch, Normalization, Seen
 from flax_resnet.nn.scan import Tree
 from flax_resnet.parallel import sharding
 from flax_resnet.resnet import abstract, param_dtype
@@ -29,6 +32,7 @@ class Evaluation:
     Args:
         batch_size: examples at a time, rounded up to a multiple of the number of devices; the
             last batch is padded, and the padding counts nowhere.
+        data: how streamed images are cut out of their files.
     """
 
     def __init__(
@@ -38,7 +42,9 @@ class Evaluation:
         constants: Normalization,
         mesh: Mesh,
         batch_size: int,
+        data: DataConfig | None = None,
     ):
+        self.data = data or DataConfig()
         self.mesh = mesh
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
 
@@ -49,15 +55,29 @@ class Evaluation:
             batch = pixels.evaluation_batch(examples, index, constants, param_dtype(config))
             return total.plus(eval_step(program, params, batch_stats, batch))
 
+        def streamed(total: Metrics, constant: tuple[Tree, Tree], seen: Seen) -> Metrics:
+            image, label = map(jnp.asarray, seen)
+            batch = Batch(pixels.normalize(image, constants, param_dtype(config)), label)
+            return total.plus(eval_step(program, *constant, batch))
+
         self.step = sharding.compile_step(step, mesh)
+        self.streamed_step = sharding.compile_step(streamed, mesh)
+        self.places = sharding.local_places(mesh, self.batch_size)
         self.compiled: dict[int, Callable[..., Metrics]] = {}  # by the number of examples
 
-    def compile(self, params: Tree, batch_stats: Tree, examples: Examples) -> None:
+    def compile(self, params: Tree, batch_stats: Tree, examples: Examples | Images) -> None:
         """Compiles what evaluates so many examples, which else the first evaluation does.
 
         Args:
             params, batch_stats: on the devices as they will be.
         """
+        if isinstance(examples, Images):
+            side = self.data.side
+            image = np.zeros((len(self.places), side, side, 3), np.uint8)
+            part = self.put(image, 0, examples)
+            lowered = self.streamed_step.lower(self.zeros(), (params, batch_stats), part)  # pyright: ignore
+            self.streamed_step = lowered.compile()
+            return
         constant = params, batch_stats, examples
         lowered = self.step.lower(self.zeros(), constant, self.index(0, examples))  # pyright: ignore
         self.compiled[len(examples.label)] = lowered.compile()
@@ -66,16 +86,24 @@ class Evaluation:
         self,
         params: Tree,
         batch_stats: Tree,
-        examples: Examples,
+        examples: Examples | Images,
         between: Callable[[Metrics], None] = lambda total: None,
     ) -> Metrics:
-        """Evaluates all examples.
+        """Evaluates all examples. Raises DatasetError for a streamed one that cannot be read.
 
         Args:
             between: is called after each batch with the sums so far, which may not be there yet;
                 what it raises ends the evaluation.
         """
         total, size = self.zeros(), len(examples.label)
+        if isinstance(examples, Images):
+            batches = stream.evaluation(self.data, examples, self.batch_size, self.places)
+            with contextlib.closing(batches):
+                for number, image in enumerate(batches):
+                    part = self.put(image, number, examples)
+                    total = self.streamed_step(total, (params, batch_stats), part)
+                    between(total)
+            return total
         step = self.compiled.get(size, self.step)
         for start in range(0, size, self.batch_size):
             total = step(total, (params, batch_stats, examples), self.index(start, examples))
@@ -84,6 +112,13 @@ class Evaluation:
 
     def zeros(self) -> Metrics:
         return sharding.replicate(self.mesh, Metrics.zeros())
+
+    def put(self, image: np.ndarray, number: int, images: Images) -> Seen:
+        """The images of a batch, and their labels, on the devices."""
+        example = number * self.batch_size + self.places
+        label = images.label[np.minimum(example, len(images) - 1)]
+        label = np.where(example < len(images), label, -1).astype(np.int32)
+        return sharding.split_local(self.mesh, Seen(image, label), self.places)
 
     def index(self, start: int, examples: Examples) -> jax.Array:
         """The batch that begins at `start`; -1 is padding."""

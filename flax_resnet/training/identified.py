@@ -29,6 +29,7 @@ from flax_resnet.weights.identify import (
 from flax_resnet.weights.infer import usual_preprocess
 from flax_resnet.weights.state_dict import Imported
 
+MOST_IMAGES = 1000  # of a streamed data set, that are decoded
 SUSPECT = 0.01  # divergence from which it is worth to see what else it could be than was told
 CONTRADICTS = 5.0  # how many times nearer something else must be to what was told
 
@@ -56,8 +57,9 @@ def material(config: DataConfig, number: int = NUM_IMAGES) -> Material:
         DatasetError: the dataset is missing or damaged.
     """
     config = DataConfig(name=config.name, dir=config.dir)
-    image = source.load(config, ("train",))["train"].image
-    constants = {x.value: make_normalization(x, image) for x in Preprocess}
+    image = source.sample(config, source.load(config, ("train",))["train"], MOST_IMAGES)
+    known = [x for x in Preprocess if x is not Preprocess.CONSTANTS]
+    constants = {x.value: make_normalization(x, image) for x in known}
     chosen = np.linspace(0, len(image) - 1, min(number, len(image))).astype(int)
     return Material(image[chosen], constants, config.name.value)
 

@@ -1,5 +1,6 @@
 """`fit`: trains a run to its last step, whatever interrupts it."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -10,26 +11,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
 from flax_resnet import drawing, places
 from flax_resnet.config import Experiment, Parallel, TrainConfig
-from flax_resnet.data import order, pixels, source
+from flax_resnet.data import source
 from flax_resnet.data.examples import Examples
-from flax_resnet.data.order import Draw
 from flax_resnet.data.pixels import Normalization
+from flax_resnet.data.source import Split
 from flax_resnet.json_files import write_json
 from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.parallel import sharding
 from flax_resnet.parallel.processes import Agreement, is_first, on_first
-from flax_resnet.resnet import param_dtype
 from flax_resnet.step import Metrics, Program, TrainState, init, train_step
 from flax_resnet.training import wandb_log
 from flax_resnet.training.checkpoint import Checkpoints
 from flax_resnet.training.curves import plot_curves
 from flax_resnet.training.evaluation import Evaluation
+from flax_resnet.training.feed import Feed, batch_of, make_feed
 from flax_resnet.training.metrics_log import MetricsLog, Row, SilentLog, read_metrics
 from flax_resnet.training.reporter import Done, Reporter, is_due, progress_bar
 from flax_resnet.training.signals import Stopped, StopSignal, stop_signal
@@ -45,6 +45,8 @@ from flax_resnet.training.workdir import (
     keep_config,
     read_summary,
 )
+
+Call = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ def train(
     config: Experiment,
     workdir: Path,
     mesh: Mesh,
-    splits: dict[str, Examples],
+    splits: dict[str, Split],
     facts: DataFacts,
     before: Experiment | None,
     stop: StopSignal,
@@ -129,13 +131,17 @@ def train(
     """
     program, state = init(config, mesh.size)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    state, examples = sharding.replicate(mesh, (state, splits))
-    batch_size = config.train.eval_batch_size
-    evaluate = Evaluation(config.model, program, facts.normalization, mesh, batch_size)
+    resident = {name: split for name, split in splits.items() if isinstance(split, Examples)}
+    state, on_devices = sharding.replicate(mesh, (state, resident))
+    examples: dict[str, Split] = {name: on_devices.get(name, splits[name]) for name in splits}
+    evaluate = Evaluation(
+        *(config.model, program, facts.normalization, mesh, config.eval_batch_size, config.data)
+    )
+    feed = make_feed(config, mesh, examples["train"])
     log_class = MetricsLog if is_first() else SilentLog
     done: Done | None = None
     stopped_by = 0
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
+    with contextlib.closing(feed), Checkpoints(workdir / "checkpoints") as checkpoints:
         restored = checkpoints.restore(state)
         is_given = restored is None and config.init is not None
         state = with_weights_of(config, state) if is_given else restored or state
@@ -152,10 +158,10 @@ def train(
             report = Reporter(config, examples, evaluate, metrics_log, bar, checkpoints, stop, step)
             call = compile_steps(config, program, facts.normalization, mesh)
             if step < config.train.steps:
-                call = compile_ahead(config, mesh, call, evaluate, state, examples)
+                call = compile_ahead(config, call, feed, evaluate, state, examples)
             if step:
                 report.make_up(state, (before or config).train.evaluate_every)
-            calls = run_steps(config, mesh, call, state, examples["train"], stop)
+            calls = run_steps(config, mesh, call, state, feed, stop)
             del state, restored  # whose memory is given to the first call
             for done in delayed(calls, jax.default_backend() != "cpu"):
                 stopped_by = report(done)
@@ -170,9 +176,9 @@ def train(
 def run_steps(
     config: Experiment,
     mesh: Mesh,
-    call: Callable[[TrainState, Examples, Draw], tuple[TrainState, Metrics]],
+    call: Call,
     state: TrainState,
-    examples: Examples,
+    feed: Feed,
     stop: StopSignal,
 ) -> Iterator[Done]:
     """Hands call after call to the devices, and tells of each at once: it may still be running.
@@ -189,8 +195,8 @@ def run_steps(
     while step < settings.steps and not stopped_by:
         if step % settings.log_every == 0:
             state = state._replace(metrics=sharding.replicate(mesh, Metrics.zeros()))
-        size = call_size(step, settings)
-        state, metrics = call(state, examples, deal(config, mesh, step, size, examples))
+        size = call_size(step, settings, feed)
+        state, metrics = call(state, feed.constant, feed.deal(step, size))
         step += size
         stopped_by = agreed(stop.number)
         is_saved = bool(stopped_by) or is_due(step, settings.checkpoint_every, settings)
@@ -226,22 +232,20 @@ def delayed(calls: Iterator[Done], delay: bool) -> Iterator[Done]:
 
 def compile_steps(
     config: Experiment, program: Program, constants: Normalization, mesh: Mesh
-) -> Callable[[TrainState, Examples, Draw], tuple[TrainState, Metrics]]:
-    """`call(state, examples, drawn)`: as many steps as `drawn` has, by a scan.
+) -> Call:
+    """`call(state, constant, dealt)`, of a `Feed`: as many steps as are dealt, by a scan.
 
     The metrics of its steps are added to those of the state, and returned.
     """
-    dtype = param_dtype(config.model)
 
-    def step(state: TrainState, examples: Examples, drawn: Draw) -> TrainState:
-        batch = pixels.training_batch(examples, drawn, constants, config.data.pad, dtype)
-        return train_step(program, state, batch)[0]
+    def step(state: TrainState, constant: Any, dealt: Any) -> TrainState:
+        return train_step(program, state, batch_of(config, constant, dealt, constants))[0]
 
-    def steps(state: TrainState, examples: Examples, drawn: Draw) -> tuple[TrainState, Metrics]:
-        if len(drawn.indices) == 1:
-            state = step(state, examples, jax.tree.map(lambda x: x[0], drawn))
+    def steps(state: TrainState, constant: Any, dealt: Any) -> tuple[TrainState, Metrics]:
+        if number_of_steps(dealt) == 1:
+            state = step(state, constant, jax.tree.map(lambda x: x[0], dealt))
         else:
-            state, _ = lax.scan(lambda s, d: (step(s, examples, d), None), state, drawn)
+            state, _ = lax.scan(lambda s, d: (step(s, constant, d), None), state, dealt)
         return state, state.metrics
 
     return sharding.compile_step(steps, mesh, config.parallel)
@@ -257,12 +261,12 @@ def check_batch_size(settings: TrainConfig, mesh: Mesh) -> None:
 
 def compile_ahead(
     config: Experiment,
-    mesh: Mesh,
-    call: Callable[..., tuple[TrainState, Metrics]],
+    call: Call,
+    feed: Feed,
     evaluate: Evaluation,
     state: TrainState,
-    examples: Mapping[str, Examples],
-) -> Callable[[TrainState, Examples, Draw], tuple[TrainState, Metrics]]:
+    examples: Mapping[str, Split],
+) -> Call:
     """Compiles all programs that are left to run, the evaluation too; `call` of those.
 
     A signal cannot be heard while XLA compiles. Before the first step it need not be; later it
@@ -273,40 +277,28 @@ def compile_ahead(
     for split in examples:
         if split != "train":
             evaluate.compile(state.params, state.batch_stats, examples[split])
-    train = examples["train"]
     sizes: set[int] = set()
     step = int(state.step)
     while step < config.train.steps:
-        sizes.add(size := call_size(step, config.train))
+        sizes.add(size := call_size(step, config.train, feed))
         step += size
     lower: Callable[..., jax.stages.Lowered] = call.lower  # pyright: ignore
     programs = {
-        size: lower(state, train, deal(config, mesh, 0, size, train)).compile()
+        size: lower(state, feed.constant, feed.like(size)).compile()
         for size in sorted(sizes)  # in every process alike
     }
-    return lambda state, examples, drawn: programs[len(drawn.indices)](state, examples, drawn)
+    return lambda state, constant, dealt: programs[number_of_steps(dealt)](state, constant, dealt)
 
 
-def deal(config: Experiment, mesh: Mesh, step: int, size: int, examples: Examples) -> Draw:
-    """What the next `size` steps see, on the devices."""
-    drawn = draw_steps(config, step, size, len(examples.label))
-    return sharding.split_batch(mesh, drawn, config.parallel, axis=1)
+def number_of_steps(dealt: Any) -> int:
+    return len(jax.tree.leaves(dealt)[0])
 
 
-def call_size(step: int, settings: TrainConfig) -> int:
+def call_size(step: int, settings: TrainConfig, feed: Feed) -> int:
     """How many steps go into the next call."""
     on_cpu = jax.default_backend() == "cpu"
-    largest = settings.steps_per_call or (1 if on_cpu else settings.log_every)
-    return min(largest, steps_to_next_report(step, settings))
-
-
-def draw_steps(config: Experiment, step: int, size: int, num_examples: int) -> Draw:
-    """What the next `size` steps see, stacked."""
-    draws = [
-        order.draw(config.data, config.seed, s, config.train.batch_size, num_examples)
-        for s in range(step, step + size)
-    ]
-    return jax.tree.map(lambda *parts: np.stack(parts), *draws)
+    usual = 1 if on_cpu else min(settings.log_every, feed.most_steps or settings.log_every)
+    return min(settings.steps_per_call or usual, steps_to_next_report(step, settings))
 
 
 def steps_to_next_report(step: int, settings: TrainConfig) -> int:

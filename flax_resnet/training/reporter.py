@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_resnet.config import Experiment, TrainConfig
-from flax_resnet.data.examples import Examples
+from flax_resnet.data.source import Split
 from flax_resnet.errors import TrainingError
 from flax_resnet.optim import make_schedule
 from flax_resnet.parallel.processes import Agreement, is_first, on_first
@@ -48,14 +48,14 @@ class Reporter:
     """Waits for the devices, then logs, evaluates and saves what they have done.
 
     Args:
-        examples: of every split, on the devices.
+        examples: of every split; resident ones on the devices.
         step: that the run goes on from.
     """
 
     def __init__(
         self,
         config: Experiment,
-        examples: Mapping[str, Examples],
+        examples: Mapping[str, Split],
         evaluate: Evaluation,
         metrics_log: MetricsLog,
         bar: tqdm,

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from flax_resnet.config import INCIDENTAL, SCHEDULE, DataConfig, Experiment
-from flax_resnet.data import pixels, source
-from flax_resnet.data.examples import Examples
+from flax_resnet.data import source
 from flax_resnet.data.pixels import Normalization
+from flax_resnet.data.source import Split
 from flax_resnet.errors import CheckpointError, ConfigError, DatasetError
 from flax_resnet.json_files import read_json, write_json
 from flax_resnet.optim import make_schedule
@@ -41,9 +41,13 @@ class DataFacts(NamedTuple):
 
     examples: dict[str, int]  # of each split
     normalization: Normalization
+    classes: tuple[str, ...] | None = (
+        None  # their names; None: an earlier version did not keep them
+    )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"examples": self.examples, "normalization": self.normalization.to_dict()}
+        tree = {"examples": self.examples, "normalization": self.normalization.to_dict()}
+        return tree if self.classes is None else tree | {"classes": list(self.classes)}
 
 
 class OpenedRun(NamedTuple):
@@ -275,16 +279,19 @@ def read_config(workdir: Path) -> Experiment:
     return config
 
 
-def facts_of(config: DataConfig, splits: Mapping[str, Examples] | None = None) -> DataFacts:
+def facts_of(config: DataConfig, splits: Mapping[str, Split] | None = None) -> DataFacts:
     """Counted and computed from the images. Raises DatasetError if they are not there."""
     splits = splits or source.load(config)
-    constants = pixels.make_normalization(config.preprocess, splits["train"].image)
-    return DataFacts({name: len(split.label) for name, split in splits.items()}, constants)
+    constants = source.normalization(config, splits.get("train"))
+    examples = {name: len(split.label) for name, split in splits.items()}
+    return DataFacts(examples, constants, source.class_names(config))
 
 
 def check_data_facts(workdir: Path, facts: DataFacts) -> None:
     """Raises DatasetError if a run has begun in `workdir` with other images than these."""
     known = known_data_facts(workdir)
+    if known is not None and known.classes is None:
+        facts = facts._replace(classes=None)
     if known is not None and known.to_dict() != facts.to_dict():
         raise DatasetError(
             f"the images must be those that {workdir} began with, {known.examples} by its "
@@ -315,7 +322,9 @@ def read_data_facts(workdir: Path) -> DataFacts | None:
     tree = read_json(path)
     try:
         examples = {str(name): int(size) for name, size in tree["examples"].items()}
-        return DataFacts(examples, Normalization.from_dict(tree["normalization"]))
+        classes = tree.get("classes")
+        classes = None if classes is None else tuple(map(str, classes))
+        return DataFacts(examples, Normalization.from_dict(tree["normalization"]), classes)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path} is damaged ({type(e).__name__}: {e})") from e
 

@@ -16,7 +16,8 @@ from flax_resnet.nn import cpu
 from flax_resnet.parallel import sharding
 from flax_resnet.step import Program, TrainState, init
 from flax_resnet.training.evaluation import Evaluation
-from flax_resnet.training.loop import compile_steps, draw_steps
+from flax_resnet.training.feed import draw_steps
+from flax_resnet.training.loop import compile_steps
 from torch_ref.compare.timing import (
     NUM_EXAMPLES,
     Facts,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flax_resnet.config import DType, Experiment
 from flax_resnet.data import pixels
-from flax_resnet.training.loop import draw_steps
+from flax_resnet.training.feed import draw_steps
 from torch_ref import pixels as torch_pixels
 from torch_ref.compare.timing import (
     NUM_EXAMPLES,
