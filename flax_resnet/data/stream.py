@@ -5,9 +5,13 @@ So the pixels are the same for any number of threads, processes and devices, and
 needs to know its step alone.
 """
 
+import contextlib
+import multiprocessing
 import os
-from collections.abc import Generator
-from typing import NamedTuple
+import queue
+import threading
+from collections.abc import Generator, Iterable
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -17,9 +21,12 @@ from jaxtyping import Int, UInt8
 from flax_resnet.config import DataConfig
 from flax_resnet.data import order, views
 from flax_resnet.data.encoded import Images
+from flax_resnet.errors import TrainingError
 
 MOST_BYTES_AHEAD = 2**28  # of images that wait for the devices
 BATCHES_AHEAD = 2
+WORKER = "grain-process-prefetch"  # in the names of Grain's processes
+SECONDS_BETWEEN_LOOKS = 1.0
 
 Places = Int[np.ndarray, " b"]  # of a batch, that this process is to fill
 
@@ -109,7 +116,72 @@ def batches(slots: Slots) -> Generator[UInt8[np.ndarray, "b h w 3"]]:
         buffer = max(1, ahead // config.workers)
         found = found.mp_prefetch(grain.MultiprocessingOptions(config.workers, buffer))
     iterator = iter(found.batch(size))
+    if config.workers:
+        yield from watched(iterator)
+        return
     try:
         yield from iterator
     finally:
         iterator.close()
+
+
+def watched(iterator: Any) -> Generator[UInt8[np.ndarray, "b h w 3"]]:
+    """What an iterator with processes of its own gives, as long as none of them dies.
+
+    Grain may wait for ever for one that is killed while it hands an image over.
+
+    Raises:
+        TrainingError: one has died.
+    """
+    results: queue.Queue[Any] = queue.Queue(1)
+    is_over = threading.Event()
+
+    def read() -> None:
+        try:
+            for batch in iterator:
+                results.put(batch)
+                if is_over.is_set():
+                    return
+            results.put(None)
+        except Exception as e:  # which the reader raises again
+            results.put(e)
+        finally:
+            iterator.close()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    known: set[Any] = set()
+    try:
+        while True:
+            known |= {x for x in multiprocessing.active_children() if WORKER in x.name}
+            check_alive(known)
+            try:
+                found = results.get(timeout=SECONDS_BETWEEN_LOOKS)
+            except queue.Empty:
+                continue
+            if found is None:
+                return
+            if isinstance(found, Exception):
+                check_alive(known)  # of which Grain says less
+                raise found
+            yield found
+    finally:
+        is_over.set()
+        if any(x.exitcode for x in known):  # there is no end to wait for
+            for process in known:
+                process.kill()
+        else:
+            while reader.is_alive():
+                with contextlib.suppress(queue.Empty):
+                    results.get(timeout=0.1)
+
+
+def check_alive(processes: Iterable[Any]) -> None:
+    """Raises TrainingError if one of them has died."""
+    dead = [process.exitcode for process in processes if process.exitcode]
+    if dead:
+        raise TrainingError(
+            f"a process that decodes images has died (exit code {dead[0]}; -9 is what a machine "
+            "without memory left does): the same command goes on from the last checkpoint, with "
+            "fewer of them by --config.data.workers"
+        )
