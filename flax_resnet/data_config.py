@@ -94,7 +94,7 @@ class DataConfig(Settings, group="data"):
     allow_bad: int = 0  # how many unreadable images to leave out; more end the run before it begins
     placement: Placement | None = None  # None: resident if a split is small enough
     threads: int | None = None  # that decode streamed images; None: one for each core
-    workers: int = 0  # processes that do so, each with its threads; 0: this one
+    workers: int = 0  # processes that do so in the place of threads; for more than some ten cores
 
     @property
     def view(self) -> View:
@@ -193,6 +193,8 @@ class DataConfig(Settings, group="data"):
                 found[name] = f"data.train_crop is {train_crop.value}"
         if self.view.resize is None and train_crop is not Crop.RANDOM_RESIZED:
             found["data.interpolation"] = "no image is resized"
+        if self.workers:
+            found["data.threads"] = "data.workers decode"
         if self.placement is Placement.RESIDENT:
             found |= dict.fromkeys(("data.threads", "data.workers"), "data.placement is resident")
         return found

@@ -7,15 +7,17 @@ needs to know its step alone.
 
 import contextlib
 import multiprocessing
-import os
-import queue
-import threading
-from collections.abc import Generator, Iterable
-from typing import Any, NamedTuple
+import pickle
+import signal
+import tempfile
+from collections.abc import Generator, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Int, UInt8
 
 from flax_resnet.config import DataConfig
@@ -25,8 +27,6 @@ from flax_resnet.errors import TrainingError
 
 MOST_BYTES_AHEAD = 2**28  # of images that wait for the devices
 BATCHES_AHEAD = 2
-WORKER = "grain-process-prefetch"  # in the names of Grain's processes
-SECONDS_BETWEEN_LOOKS = 1.0
 
 Places = Int[np.ndarray, " b"]  # of a batch, that this process is to fill
 
@@ -63,16 +63,57 @@ class Slots(NamedTuple):
 
 
 class Source:
-    """`Slots` as Grain asks for it."""
+    """`Slots` as Grain's threads ask for it: they decode, or have `pool` decode."""
 
-    def __init__(self, slots: Slots):
-        self.slots = slots
+    def __init__(self, slots: Slots, pool: Executor | None):
+        self.slots, self.pool = slots, pool
 
     def __len__(self) -> int:
         return self.slots.size()
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        return self.slots.image(index)
+        if self.pool is None:
+            return self.slots.image(index)
+        try:
+            return self.pool.submit(image_in_worker, index).result()
+        except BrokenProcessPool as e:
+            raise TrainingError(
+                "a process that decodes images has died, as happens when memory runs out: the same "
+                "command goes on from the last checkpoint, with fewer of them by "
+                "--config.data.workers"
+            ) from e
+
+
+slots_of_worker: list[Slots] = []  # in a process that decodes: the one that it works for
+
+
+def begin_worker(path: str) -> None:
+    """Reads what this process works for. From a file: it may be large, and a pipe would block."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's affair
+    slots_of_worker.append(pickle.loads(Path(path).read_bytes()))
+
+
+def image_in_worker(number: int) -> UInt8[np.ndarray, "h w 3"]:
+    return slots_of_worker[0].image(number)
+
+
+@contextlib.contextmanager
+def workers(slots: Slots) -> Iterator[Executor | None]:
+    """Processes that decode; None if `data.workers` wants none."""
+    if not slots.config.workers:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "slots")
+        path.write_bytes(pickle.dumps(slots))
+        context = multiprocessing.get_context("spawn")  # a fork of JAX's threads may hang
+        pool = ProcessPoolExecutor(
+            slots.config.workers, context, initializer=begin_worker, initargs=(str(path),)
+        )
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def training(
@@ -105,83 +146,13 @@ def evaluation(
 def batches(slots: Slots) -> Generator[UInt8[np.ndarray, "b h w 3"]]:
     config, size = slots.config, len(slots.places)
     ahead = min(BATCHES_AHEAD * size, MOST_BYTES_AHEAD // (3 * config.side**2))
-    threads = config.num_threads
-    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
-    found = grain.MapDataset.source(Source(slots)).to_iter_dataset(read)
-    if config.workers:
-        if not flags.FLAGS.is_parsed():  # which Grain's processes ask
-            flags.FLAGS.mark_as_parsed()
-        # Python's tracker of shared memory takes what Grain frees itself to be forgotten.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-        buffer = max(1, ahead // config.workers)
-        found = found.mp_prefetch(grain.MultiprocessingOptions(config.workers, buffer))
-    iterator = iter(found.batch(size))
-    if config.workers:
-        yield from watched(iterator)
-        return
-    try:
-        yield from iterator
-    finally:
-        iterator.close()
-
-
-def watched(iterator: Any) -> Generator[UInt8[np.ndarray, "b h w 3"]]:
-    """What an iterator with processes of its own gives, as long as none of them dies.
-
-    Grain may wait for ever for one that is killed while it hands an image over.
-
-    Raises:
-        TrainingError: one has died.
-    """
-    results: queue.Queue[Any] = queue.Queue(1)
-    is_over = threading.Event()
-
-    def read() -> None:
+    with workers(slots) as pool:
+        # Those that wait for processes have the next image ready for each.
+        threads = 2 * config.workers or config.num_threads
+        read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
+        found = grain.MapDataset.source(Source(slots, pool)).to_iter_dataset(read).batch(size)
+        iterator = iter(found)
         try:
-            for batch in iterator:
-                results.put(batch)
-                if is_over.is_set():
-                    return
-            results.put(None)
-        except Exception as e:  # which the reader raises again
-            results.put(e)
+            yield from iterator
         finally:
             iterator.close()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    known: set[Any] = set()
-    try:
-        while True:
-            known |= {x for x in multiprocessing.active_children() if WORKER in x.name}
-            check_alive(known)
-            try:
-                found = results.get(timeout=SECONDS_BETWEEN_LOOKS)
-            except queue.Empty:
-                continue
-            if found is None:
-                return
-            if isinstance(found, Exception):
-                check_alive(known)  # of which Grain says less
-                raise found
-            yield found
-    finally:
-        is_over.set()
-        if any(x.exitcode for x in known):  # there is no end to wait for
-            for process in known:
-                process.kill()
-        else:
-            while reader.is_alive():
-                with contextlib.suppress(queue.Empty):
-                    results.get(timeout=0.1)
-
-
-def check_alive(processes: Iterable[Any]) -> None:
-    """Raises TrainingError if one of them has died."""
-    dead = [process.exitcode for process in processes if process.exitcode]
-    if dead:
-        raise TrainingError(
-            f"a process that decodes images has died (exit code {dead[0]}; -9 is what a machine "
-            "without memory left does): the same command goes on from the last checkpoint, with "
-            "fewer of them by --config.data.workers"
-        )
