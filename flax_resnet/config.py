@@ -380,6 +380,8 @@ class OptimConfig(Settings, group="optim"):
     warmup_lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    # rate of everything but the classifier fc, as a multiple of fc's, which is the schedule's
+    body_lr_factor: float = 1.0
 
     def validate(self, steps: int | None = None) -> None:
         """Raises ConfigError for rates, factors and boundaries that make no schedule.
@@ -395,6 +397,8 @@ class OptimConfig(Settings, group="optim"):
         is_below = self.momentum < ROUNDED_TO_1
         require(is_below, "optim.momentum", "below 1 in float32, too", self.momentum)
         require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
+        factor, rule = self.body_lr_factor, "above 0 (what is not to learn at all is train.frozen)"
+        require(factor > 0, "optim.body_lr_factor", rule, factor)
         require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
         rule = f"0 to optim.peak_lr ({self.peak_lr})"
         require(0 <= self.final_lr <= self.peak_lr, "optim.final_lr", rule, self.final_lr)
@@ -428,6 +432,7 @@ class TrainConfig(Settings, group="train"):
     log_every: int = 100
     evaluate_every: int = 1000
     checkpoint_every: int = 1000
+    frozen: tuple[str, ...] = ()  # modules that do not train: stem, stages.0, stages.1.2, ...
 
     def validate(self) -> None:
         """Raises ConfigError for numbers out of range, or too large to count, and unequal parts."""
@@ -437,7 +442,7 @@ class TrainConfig(Settings, group="train"):
         rule = "below 1 in float32, too"
         require(smoothing < ROUNDED_TO_1, "train.label_smoothing", rule, smoothing)
         for name, value in dataclasses.asdict(self).items():
-            if value is not None and name != "label_smoothing":
+            if isinstance(value, int):
                 require(value >= 1, f"train.{name}", "at least 1", value)
         require(self.steps <= LAST_STEP, "train.steps", f"at most {LAST_STEP}", self.steps)
         for name in ("batch_size", "eval_batch_size"):

@@ -6,6 +6,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from flax_resnet.config import OptimConfig, Schedule, Warmup
+from flax_resnet.nn import modules
+from flax_resnet.nn.scan import Tree
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -60,17 +62,30 @@ def fraction(step: ArrayLike, steps: int) -> Array:
     return jnp.asarray(step, float) / steps
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, steps: int, frozen: modules.Names = ()
+) -> optax.GradientTransformation:
     """`torch.optim.SGD(momentum, weight_decay)`: g += decay p; v = momentum v + g; p -= lr v.
 
     Not to be confused with decoupled decay (`optax.adamw`), which adds it after the momentum. As
-    in PyTorch everything decays, BatchNorm's scale and bias included.
+    in PyTorch everything decays, BatchNorm's scale and bias included, but for what is frozen.
 
     Args:
         steps: of the whole run, for the learning rate.
+        frozen: modules whose gradients are zero. Without decay they stay where they are.
     """
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
+
+    def trains(tree: Tree) -> Tree:
+        return modules.where(tree, lambda path: not modules.is_within(path, frozen))
+
+    def is_body(tree: Tree) -> Tree:
+        return modules.where(tree, lambda path: not modules.is_within(path, (modules.HEAD,)))
+
+    parts = [
+        optax.add_decayed_weights(config.weight_decay, trains if frozen else None),
         optax.trace(config.momentum),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
-    )
+    ]
+    if config.body_lr_factor != 1:
+        parts.append(optax.masked(optax.scale(config.body_lr_factor), is_body))
+    return optax.chain(*parts)

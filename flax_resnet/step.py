@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from flax_resnet.config import Experiment, Parallel, Statistics
 from flax_resnet.data.pixels import Batch
+from flax_resnet.errors import ConfigError
+from flax_resnet.nn import modules
 from flax_resnet.nn.batch_norm import BatchNorm
-from flax_resnet.nn.scan import Tree
+from flax_resnet.nn.scan import Tree, unstack
 from flax_resnet.optim import make_optimizer
 from flax_resnet.parallel.sharding import AXIS
 from flax_resnet.resnet import ResNet, split
@@ -56,6 +58,7 @@ class Program(NamedTuple):
     axis_name: str | None  # of the `pmap` that train_step runs under
     label_smoothing: float  # of the training loss
     accumulate: int  # micro-batches of a step
+    frozen: modules.Names = ()  # modules that do not train
 
 
 def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]:
@@ -63,6 +66,9 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
 
     Args:
         num_devices: that share a batch, for BatchNorm's statistics.
+
+    Raises:
+        ConfigError: there is no such network, or what is to be frozen is no part of it, or all.
     """
     model = ResNet(config.model, rngs=nnx.Rngs(key_of(config.seed)))
     is_pmap = config.parallel is Parallel.PMAP
@@ -73,7 +79,15 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
         is_global=is_global,
         shares=1 if is_pmap else num_devices,
     )
-    optimizer = make_optimizer(config.optim, config.train.steps)
+    frozen = config.train.frozen
+    if frozen:
+        check_frozen(frozen, split(model)[1])
+        model.set_attributes(
+            lambda path, module: isinstance(module, BatchNorm) and modules.is_within(path, frozen),
+            use_running_average=True,
+            raise_if_not_found=False,
+        )
+    optimizer = make_optimizer(config.optim, config.train.steps, frozen)
     graphdef, params, batch_stats = split(model)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -89,8 +103,30 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
         AXIS if is_pmap else None,
         settings.label_smoothing,
         settings.accumulate,
+        frozen,
     )
     return program, state
+
+
+def check_frozen(frozen: modules.Names, params: Tree) -> None:
+    """Raises ConfigError unless each is a module that can be frozen, and something else is left.
+
+    The blocks of a stage that are scanned over are one program, which trains or does not.
+    """
+    modules.check("train.frozen", frozen, unstack(params))
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        names = modules.parts(path)
+        if "blocks" not in names:
+            continue
+        stage, first = ".".join(names[:2]), ".".join((*names[:2], "0"))
+        for name in frozen:
+            if name.startswith(f"{stage}.") and not f"{name}.".startswith(f"{first}."):
+                raise ConfigError(
+                    f"train.frozen must have {stage} as a whole, or of its blocks {first} alone, "
+                    f"where model.scan_blocks makes one program of the others, got {name!r}"
+                )
+    if all(jax.tree.leaves(modules.where(params, lambda path: modules.is_within(path, frozen)))):
+        raise ConfigError(f"train.frozen must leave a module that trains, got {frozen}")
 
 
 def key_of(seed: int) -> Array:
@@ -112,6 +148,8 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     if program.axis_name is not None:
         grads, batch_stats = jax.lax.pmean((grads, batch_stats), program.axis_name)
         metrics = jax.lax.psum(metrics, program.axis_name)
+    # To the bit: the mean of three equal numbers may be another.
+    batch_stats = with_frozen(program, state.batch_stats, batch_stats)
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
     state = TrainState(
         step=state.step + 1,
@@ -123,10 +161,19 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     return state, metrics
 
 
+def with_frozen(program: Program, frozen: Tree, others: Tree) -> Tree:
+    """A tree with the leaves of what is frozen from the one, and the rest from the other."""
+    if not program.frozen:
+        return others
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a, b: a if modules.is_within(path, program.frozen) else b, frozen, others
+    )
+
+
 def accumulated_gradient(
     program: Program, state: TrainState, batch: Batch
 ) -> tuple[Tree, Tree, Metrics]:
-    """The gradient of the mean loss, BatchNorm's new statistics, and the metrics.
+    """The gradient of the mean loss (zero for what is frozen), BatchNorm's new statistics, metrics.
 
     Micro-batches go through the network one after another. Each is normalised by its own
     statistics, and the running ones move a little at each, as in PyTorch's loop of backward passes.
@@ -134,6 +181,8 @@ def accumulated_gradient(
 
     def gradient(batch_stats: Tree, batch: Batch) -> tuple[Tree, Tree, Metrics]:
         def loss_fn(params: Tree) -> tuple[Float[Array, ""], tuple[Tree, Metrics]]:
+            if program.frozen:
+                params = with_frozen(program, jax.lax.stop_gradient(params), params)
             # copy: BatchNorm writes its statistics, and `state` is not ours to write.
             model = nnx.merge(program.graphdef, params, batch_stats, copy=True)
             image, label, other, share = batch

@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
 from flax_resnet.config import Experiment
+from flax_resnet.nn.modules import written_out
 from flax_resnet.settings import require
 from torch_ref.optim import make_optimizer, make_schedule
 from torch_ref.pixels import Batch
@@ -31,6 +32,7 @@ class TrainState(NamedTuple):
     schedule: LRScheduler
     label_smoothing: float = 0.0
     accumulate: int = 1
+    frozen: tuple[nn.Module, ...] = ()  # which do not train
 
 
 def init(config: Experiment) -> TrainState:
@@ -41,15 +43,22 @@ def init(config: Experiment) -> TrainState:
     require(config.seed < 2**32, "seed", "below 2^32 for PyTorch", config.seed)
     torch.manual_seed(config.seed)
     model = ResNet(config.model)
-    optimizer = make_optimizer(config.optim, model.parameters())
     settings = config.train
+    names = [
+        name for name in written_out(settings.frozen) if name != "bn1" or model.bn1 is not None
+    ]
+    frozen = tuple(model.get_submodule(name).requires_grad_(False) for name in names)
+    optimizer = make_optimizer(config.optim, model.parameters(), model.fc.parameters())
     schedule = make_schedule(config.optim, settings.steps, optimizer)
-    return TrainState(model, optimizer, schedule, settings.label_smoothing, settings.accumulate)
+    rest = settings.label_smoothing, settings.accumulate, frozen
+    return TrainState(model, optimizer, schedule, *rest)
 
 
 def train_step(state: TrainState, batch: Batch) -> Metrics:
     """One SGD step; the metrics are those of `batch` before the step."""
     state.model.train()
+    for module in state.frozen:
+        module.eval()
     state.optimizer.zero_grad()
     parts: list[Metrics] = []
     for image, label, other, share in micro_batches(batch, state.accumulate):

@@ -5,7 +5,6 @@ They are read once: the run's first checkpoint, of step 0, holds them.
 
 import contextlib
 import dataclasses
-import difflib
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 
 from flax_resnet.config import Architecture, Experiment, Preprocess, ResNetConfig, Shortcut
 from flax_resnet.errors import ConfigError, WeightsError
+from flax_resnet.nn import modules
 from flax_resnet.nn.scan import Tree, stack, unstack
 from flax_resnet.parallel.processes import from_first, on_first
 from flax_resnet.parallel.sharding import put
@@ -57,10 +57,12 @@ def with_weights_of(config: Experiment, state: TrainState) -> TrainState:
     def read() -> str:
         nonlocal host
         new = unstack(host)
-        check_modules(config.init_fresh, new[0])
+        modules.check("init_fresh", config.init_fresh, new[0])
         weights = read_weights(config)
         theirs: Any = jax.tree_util.tree_map_with_path(
-            lambda path, a, b: b if is_fresh(path, config.init_fresh) else a, weights[:2], new
+            lambda path, a, b: b if modules.is_within(path[1:], config.init_fresh) else a,
+            weights[:2],
+            new,
         )
         if jax.tree.structure(theirs) != jax.tree.structure(host):
             theirs = jax.device_get(stack(theirs))
@@ -72,29 +74,6 @@ def with_weights_of(config: Experiment, state: TrainState) -> TrainState:
         lambda x, like: put(x, like.sharding), from_first(host), ours
     )
     return state._replace(params=params, batch_stats=batch_stats)
-
-
-def check_modules(names: tuple[str, ...], params: Tree) -> None:
-    """Raises ConfigError unless each is a module of the network, such as fc or stages.2.0."""
-    paths = [module_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    known = {".".join(path[:end]): None for path in paths for end in range(1, len(path))}
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise ConfigError(
-                f"init_fresh must name modules of the network, such as fc, got {name!r}; the "
-                f"nearest is {nearest}"
-            )
-
-
-def module_path(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(str(entry.key) for entry in path)
-
-
-def is_fresh(path: tuple[Any, ...], names: tuple[str, ...]) -> bool:
-    """Whether a leaf of (parameters, statistics) belongs to one of these modules."""
-    inner = ".".join(module_path(path[1:])) + "."
-    return any(inner.startswith(f"{name}.") for name in names)
 
 
 def read_weights(config: Experiment) -> Weights:
@@ -192,6 +171,7 @@ def check_architecture(
         fresh: modules of ours that take none.
     """
     a, b = settings(theirs), settings(ours)
+    fresh = modules.written_out(fresh)
     different = [
         name for name in a if name in b and a[name] != b[name] and OF_MODULE.get(name) not in fresh
     ]
@@ -200,8 +180,8 @@ def check_architecture(
     told = ", ".join(f"{name}: {a[name]} there, {b[name]} here" for name in different)
     advice = "set --config.model to the same, or choose other weights"
     if all(name in OF_MODULE for name in different):
-        modules = ",".join(OF_MODULE[name] for name in different)
-        advice += f", or begin with new ones there: --config.init_fresh={modules}"
+        names = ",".join(OF_MODULE[name] for name in different)
+        advice += f", or begin with new ones there: --config.init_fresh={names}"
     raise ConfigError(f"init: {source} holds another network ({told}); {advice}")
 
 
