@@ -182,6 +182,8 @@ class DataConfig(Settings, group="data"):
         if self.preprocess is not Preprocess.CONSTANTS:
             why = "data.preprocess is not constants"
             found |= dict.fromkeys(("data.mean", "data.std"), why)
+        if self.preprocess is Preprocess.OWN_MEAN:
+            found["data.colour"] = "data.preprocess=own_mean takes the mean colour away"
         train_crop = self.view.train_crop
         of_crop = {
             "data.pad": Crop.PAD,

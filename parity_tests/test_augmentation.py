@@ -42,6 +42,7 @@ SHARES = (0.513573, 0.6875, 0.047428608, 0.44653258)  # of MIXED, seed 1, steps 
 BOXES = ((0, 0, 0, 0), (8, 0, 28, 16), (0, 0, 0, 0), (0, 0, 0, 0))
 NAMED = [one for one in Preprocess if one is not Preprocess.CONSTANTS]  # which are given
 every_preprocess = pytest.mark.parametrize("preprocess", NAMED, ids=lambda p: p.value)
+COLOUR = [[-0.011574434, -0.014741344, -0.0180803]]  # seed 1, step 2
 OFFSETS = [(down, right) for down in range(9) for right in range(9)]
 
 
@@ -176,6 +177,8 @@ def torch_image(
     from torch_ref import pixels as twin
 
     image = twin.normalize(examples.image[drawn.indices], *constants, getattr(torch, dtype))
+    if drawn.colour is not None:
+        image = twin.shift_colours(image, drawn.colour, constants.scale, constants.std)
     image = twin.crop_and_flip(image, drawn.offset, drawn.flip, CONFIG.pad)
     return image.permute(0, 2, 3, 1).numpy()
 
@@ -303,7 +306,7 @@ def raw_numbers() -> np.ndarray:
     raw = [
         order.random_integers(seed, stream, step, 3 * 128)
         for seed in range(2)
-        for stream in (order.ORDER, order.AUGMENTATION, order.MIX, order.SHARE)
+        for stream in range(6)
         for step in range(200)
     ]
     return np.concatenate(raw)
@@ -328,6 +331,8 @@ def test_a_draw_is_the_same_for_ever() -> None:
     np.testing.assert_array_equal(drawn.flip, [False, True, False, False])
     many = order.draw(CONFIG, seed=1, step=2, batch_size=64, num_examples=64)
     assert np.packbits(many.flip).tobytes().hex() == "e05df0b9bb5c7116"
+    colour = order.draw_colour(DataConfig(colour=0.1), 1, 2, 1)
+    np.testing.assert_allclose(colour, COLOUR, rtol=1e-6)
     shares, boxes = zip(*(order.draw_share(MIXED, 1, step) for step in range(4)), strict=True)
     np.testing.assert_allclose(shares, SHARES, rtol=1e-6)  # pow and log are the system's
     assert boxes == BOXES
@@ -497,6 +502,69 @@ def test_of_both_a_coin_says_which() -> None:
     is_blend = np.array([one == other for one, other in zip(both, blend, strict=True)])
     assert (is_cut ^ is_blend).all()
     assert stats.binomtest(int(is_cut.sum()), 500).pvalue > 1e-4
+
+
+# --- Colours --------------------------------------------------------------------------------------
+
+# Of pixels in 0..1: the table of fb.resnet.torch, and its `Lighting`, an image at a time.
+PCA = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
+COLOURED = DataConfig(colour=0.1)
+
+
+def lighting(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """In plain NumPy, of an image (h, w, 3) of 0..1."""
+    rgb = [sum(PCA[i, j] * alpha[j] * EIGENVALUES[j] for j in range(3)) for i in range(3)]
+    return image + np.array(rgb)
+
+
+def coloured_by_hand(preprocess: Preprocess, examples: Examples) -> tuple[Draw, np.ndarray]:
+    """A draw, and each image it names, shifted, normalised and cut in float64."""
+    drawn = order.draw(COLOURED, 3, 5, 64, 300)
+    alpha = np.linalg.solve(PCA * EIGENVALUES, drawn.colour.astype(np.float64).T).T
+    constants = pixels.make_normalization(preprocess, examples.image)
+    x = examples.image[drawn.indices] / 255
+    x = np.stack([lighting(image, a) for image, a in zip(x, alpha, strict=True)])
+    x = (x * 255 * constants.scale - constants.mean) / constants.std
+    return drawn, by_hand(x, drawn.offset, drawn.flip, 4)
+
+
+@pytest.mark.parametrize("preprocess", [Preprocess.MEAN_IMAGE, Preprocess.IMAGENET])
+def test_the_colours_are_alexnets_before_the_normalization(preprocess: Preprocess) -> None:
+    """In float64 within 1e-12 of the largest pixel, and the twin within 1e-15 of it."""
+    examples = random_examples(300)
+    drawn, right = coloured_by_hand(preprocess, examples)
+    ours = training_image(examples, drawn, preprocess, "float64")
+    largest = np.abs(right).max()
+    assert np.abs(ours - right).max() <= 1e-12 * largest
+    constants = pixels.make_normalization(preprocess, examples.image)
+    theirs = torch_image(examples, drawn, constants, "float64")
+    assert np.abs(ours - theirs).max() <= 1e-15 * largest
+    plain = training_image(examples, drawn._replace(colour=None), preprocess, "float64")
+    turned = drawn._replace(colour=drawn.colour[:, ::-1])  # a mutant: blue for red
+    wrong = training_image(examples, turned, preprocess, "float64")
+    assert min(np.abs(x - right).max() for x in (plain, wrong)) > 1e-3 * largest
+
+
+def test_a_shift_is_normal_along_each_component_and_an_images_own() -> None:
+    drawn = draws(COLOURED, steps=100)
+    alpha = np.linalg.solve(PCA * EIGENVALUES, drawn.colour.astype(np.float64).T)
+    for each in alpha:
+        assert stats.kstest(each, stats.norm(0, 0.1).cdf).pvalue > 1e-4
+        assert stats.kstest(each, stats.norm(0, 0.11).cdf).pvalue < 1e-6  # the mutant
+        assert abs(np.corrcoef(each[1:], each[:-1])[0, 1]) < 0.05
+    assert np.abs(np.corrcoef(alpha) - np.eye(3)).max() < 0.05
+
+
+def test_without_it_nothing_is_drawn_and_with_it_the_rest_is_the_same() -> None:
+    assert draws(steps=2).colour is None
+    for a, b in zip(draws(COLOURED, steps=10)[:3], draws(steps=10)[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_mixed_image_keeps_the_colours_of_its_parts() -> None:
+    drawn = order.draw(DataConfig(colour=0.1, mixup=0.5), 3, 5, 64, 300)
+    np.testing.assert_array_equal(drawn.mix.colour, np.roll(drawn.colour, 1, 0))
 
 
 # --- Evaluation -----------------------------------------------------------------------------------

@@ -45,6 +45,12 @@ def normalize(
     return x.permute(0, 3, 1, 2).contiguous()
 
 
+def shift_colours(image: Tensor, colour: np.ndarray, scale: float, std: np.ndarray) -> Tensor:
+    """Each normalised image as if a colour had been added to all of its pixels before."""
+    unit = torch.as_tensor(255 * scale / std).to(image)
+    return image + (torch.as_tensor(colour).to(image) * unit)[:, :, None, None]
+
+
 def crop_and_flip(image: Tensor, offset: np.ndarray, flip: np.ndarray, pad: int) -> Tensor:
     """Each image cut from its zero-padded self, then mirrored left to right where `flip`."""
     height, width = image.shape[2:]

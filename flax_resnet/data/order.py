@@ -18,6 +18,10 @@ from flax_resnet.settings import require
 
 MOST_EXAMPLES = 2**31 - 1  # which an index, int32 on the device, can tell apart
 ORDER, AUGMENTATION, MIX, SHARE, COLOUR, VIEW = range(6)  # independent streams of random numbers
+# The principal components of ImageNet's pixels (a row: red, green or blue) and how far one reaches,
+# for pixels of 0..1, as facebookarchive/fb.resnet.torch has them (datasets/imagenet.lua).
+COMPONENTS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+REACH = (0.2175, 0.0188, 0.0045)
 
 lock = threading.Lock()
 
@@ -36,6 +40,7 @@ class Mix(NamedTuple):
     flip: Bool[np.ndarray, " b"]
     share: Float32[np.ndarray, " b"]  # that the image itself, and so its class, keeps
     box: Int[np.ndarray, "b 4"]  # that the other image fills; empty: the two are blended
+    colour: Float32[np.ndarray, "b 3"] | None = None
 
 
 class Draw(NamedTuple):
@@ -45,6 +50,7 @@ class Draw(NamedTuple):
     offset: Int[np.ndarray, "b 2"]  # of the crop's corner in the padded image: down, right
     flip: Bool[np.ndarray, " b"]
     mix: Mix | None = None
+    colour: Float32[np.ndarray, "b 3"] | None = None  # added to all pixels of an image, of 0..1
 
 
 def draw(config: DataConfig, seed: int, step: int, batch_size: int, num_examples: int) -> Draw:
@@ -60,8 +66,9 @@ def draw(config: DataConfig, seed: int, step: int, batch_size: int, num_examples
     raw = random_integers(seed, AUGMENTATION, step, 3 * batch_size).reshape(3, batch_size)
     offset = (raw[:2].T % np.uint64(2 * config.padding + 1)).astype(np.int32)
     flip = (raw[2] >> np.uint64(63) != 0) & config.flip
+    colour = draw_colour(config, seed, step, batch_size) if config.colour else None
     if not config.mixup and not config.cutmix:
-        return Draw(index, offset, flip)
+        return Draw(index, offset, flip, colour=colour)
     share, box = draw_share(config, seed, step)
     mix = Mix(
         np.roll(index, 1),
@@ -69,8 +76,21 @@ def draw(config: DataConfig, seed: int, step: int, batch_size: int, num_examples
         np.roll(flip, 1),
         np.full(batch_size, share),
         np.tile(np.array(box, np.int32), (batch_size, 1)),
+        None if colour is None else np.roll(colour, 1, 0),
     )
-    return Draw(index, offset, flip, mix)
+    return Draw(index, offset, flip, mix, colour)
+
+
+def draw_colour(
+    config: DataConfig, seed: int, step: int, batch_size: int
+) -> Float32[np.ndarray, "b 3"]:
+    """AlexNet's shift of each image's colours (Krizhevsky et al. 2012, section 4.1).
+
+    Along each principal component a normal number of deviation config.colour, times its reach.
+    """
+    generator = np.random.RandomState(philox(seed, COLOUR, step))  # as in draw_share
+    alpha = generator.normal(0, config.colour, (batch_size, 3))
+    return (alpha[:, None] * REACH * COMPONENTS).sum(2).astype(np.float32)
 
 
 def draw_share(config: DataConfig, seed: int, step: int) -> tuple[np.float32, Box]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from flax_resnet.config import Preprocess
 from flax_resnet.data.examples import Examples
@@ -116,6 +116,22 @@ def table(constants: Normalization, dtype: DTypeLike) -> Float[np.ndarray, "256 
     return (levels - np.asarray(constants.mean, dtype)) / constants.std.astype(dtype)
 
 
+def shift_colours(
+    image: Float[Array, "b h w 3"],
+    colour: Float32[Array | np.ndarray, "b 3"] | None,
+    constants: Normalization,
+) -> Float[Array, "b h w 3"]:
+    """Each image, which is normalised, as if a colour had been added to all of its pixels before.
+
+    Args:
+        colour: of 0..1.
+    """
+    if colour is None:
+        return image
+    unit = jnp.asarray(255 * constants.scale / constants.std, image.dtype)
+    return image + (jnp.asarray(colour, image.dtype) * unit)[:, None, None]
+
+
 def crop_and_flip(
     image: Float[Array, "b h w 3"],
     offset: Int[Array, "b 2"],
@@ -184,6 +200,7 @@ def streamed_batch(batch: Streamed, constants: Normalization, pad: int, dtype: D
 
     def augmented(drawn: Draw | Mix, images: Seen) -> Array:
         x = normalize(jnp.asarray(images.image), constants, dtype)
+        x = shift_colours(x, drawn.colour, constants)
         return crop_and_flip(x, jnp.asarray(drawn.offset), jnp.asarray(drawn.flip), pad)
 
     image, label = augmented(drawn, batch.images), jnp.asarray(batch.images.label)
