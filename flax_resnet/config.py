@@ -129,6 +129,14 @@ class Warmup(enum.Enum):
     LINEAR = "linear"  # rises by equal steps from warmup_lr to peak_lr
 
 
+STEM = "stem"  # for what a network has before its first stage: conv1, and bn1 where there is one
+
+
+def written_out(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of modules, without the name `stem`."""
+    return tuple(part for name in names for part in (("conv1", "bn1") if name == STEM else (name,)))
+
+
 WIDTHS = {Stages.CIFAR: (16, 32, 64), Stages.IMAGENET: (64, 128, 256, 512)}
 # Blocks of each stage by depth (paper, table 1).
 TABLE_1 = {

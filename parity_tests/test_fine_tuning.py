@@ -31,6 +31,7 @@ from flax_resnet.config import (
     Statistics,
     TrainConfig,
     Warmup,
+    written_out,
 )
 from flax_resnet.data.pixels import Batch
 from flax_resnet.errors import ConfigError
@@ -343,7 +344,7 @@ def params_of(**model: Any) -> Tree:
 
 
 def test_the_stem_is_what_stands_before_the_stages() -> None:
-    assert modules.written_out(("fc", "stem")) == ("fc", "conv1", "bn1")
+    assert written_out(("fc", "stem")) == ("fc", "conv1", "bn1")
     assert modules.is_within(("conv1", "kernel"), ("stem",))
     assert not modules.is_within(("stages", 0, 0, "conv1", "kernel"), ("stem",))
     assert not modules.is_within(("stages", 10, 0, "conv1", "kernel"), ("stages.1",))

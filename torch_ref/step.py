@@ -8,8 +8,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
-from flax_resnet.config import Experiment
-from flax_resnet.nn.modules import written_out
+from flax_resnet.config import Experiment, written_out
 from flax_resnet.settings import require
 from torch_ref.optim import make_optimizer, make_schedule
 from torch_ref.pixels import Batch

@@ -1,7 +1,4 @@
-"""A network's modules by name, such as fc or stages.2.0, and which leaves of a tree are theirs.
-
-`stem` stands for what a network has before its first stage: conv1, and bn1 where there is one.
-"""
+"""A network's modules by name, such as fc or stages.2.0, and which leaves of a tree are theirs."""
 
 import difflib
 from collections.abc import Callable
@@ -9,10 +6,10 @@ from typing import Any
 
 import jax
 
+from flax_resnet.config import STEM, written_out
 from flax_resnet.errors import ConfigError
 from flax_resnet.nn.scan import Tree
 
-STEM, STEM_PARTS = "stem", ("conv1", "bn1")
 HEAD = "fc"  # the classifier; all else is the body
 
 Path = tuple[Any, ...]  # of a leaf or a module: JAX's keys, or plain names and numbers
@@ -31,11 +28,6 @@ def is_within(path: Path, names: Names) -> bool:
     """
     whole = ".".join(parts(path)) + "."
     return any(whole.startswith(f"{name}.") for name in written_out(names))
-
-
-def written_out(names: Names) -> Names:
-    """The same modules without the name `stem`."""
-    return tuple(part for name in names for part in (STEM_PARTS if name == STEM else (name,)))
 
 
 def where(tree: Tree, holds: Callable[[Path], bool]) -> Tree:

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_resnet.config import Architecture, Experiment, Preprocess, ResNetConfig, Shortcut
+from flax_resnet.config import (
+    Architecture,
+    Experiment,
+    Preprocess,
+    ResNetConfig,
+    Shortcut,
+    written_out,
+)
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.nn import modules
 from flax_resnet.nn.scan import Tree, stack, unstack
@@ -171,7 +178,7 @@ def check_architecture(
         fresh: modules of ours that take none.
     """
     a, b = settings(theirs), settings(ours)
-    fresh = modules.written_out(fresh)
+    fresh = written_out(fresh)
     different = [
         name for name in a if name in b and a[name] != b[name] and OF_MODULE.get(name) not in fresh
     ]
