@@ -477,6 +477,8 @@ class Experiment(Settings):
     seed: int = 0
     init: str | None = None  # whose weights to begin with: a run, a file, or a name; None: new ones
     init_fresh: tuple[str, ...] = ()  # modules that keep their new weights: fc, the classifier
+    # the network, and how it sees images, is that of init, with a classifier for these classes
+    init_model: bool = False
     parallel: Parallel = Parallel.JIT
     batch_norm: Statistics = Statistics.GLOBAL
     wandb: str | None = None  # project of Weights & Biases that the log is sent to as well
@@ -490,7 +492,8 @@ class Experiment(Settings):
         require(0 <= self.seed < 2**63, "seed", "0 to 2^63 - 1", self.seed)
         require(self.init != "", "init", "a work directory, a file or a name", self.init)
         rule = "empty without init, beside which all weights are new"
-        require(self.init is not None or not self.init_fresh, "init_fresh", rule, self.init_fresh)
+        is_beside = self.init is not None or self.init_model or not self.init_fresh
+        require(is_beside, "init_fresh", rule, self.init_fresh)
         require(self.wandb != "", "wandb", "a project's name, or none", self.wandb)
 
     @property
@@ -498,9 +501,22 @@ class Experiment(Settings):
         """Images that an evaluation sees at once."""
         return self.train.eval_batch_size or (1000 if self.data.side <= SIDE else 128)
 
+    def require_given(self) -> None:
+        """Raises ConfigError unless it says which images and which weights, where it must.
+
+        `validate` does not ask for them: a config file may leave them to the command line.
+        """
+        self.data.require_given()
+        rule = "given with init_model: a work directory, a file or a name of published weights"
+        require(self.init is not None or not self.init_model, "init", rule, self.init)
+
     def idle(self) -> dict[str, str]:
         """By path, the settings that change nothing beside the others, and why."""
         found: dict[str, str] = {}
+        if self.init_model:
+            taken = [f"model.{f.name}" for f in dataclasses.fields(self.model)]
+            why = "with init_model the network is that of init"
+            found |= {path: why for path in taken if path not in OF_THE_RUN}
         shortcut = self.model.shortcut
         if shortcut is not Shortcut.A:
             found["model.channel_pad"] = "only shortcut A pads channels"
@@ -538,6 +554,9 @@ class Experiment(Settings):
         require(isinstance(tree, dict), "an experiment", "a dictionary", tree)
         return from_mapping(cls, upgrade(tree))
 
+
+# Settings of the network that are the run's own where the network is that of other weights.
+OF_THE_RUN = ("model.batch_norm_momentum", "model.dtype", "model.remat", "model.scan_blocks")
 
 # Settings that decide how a run is computed and told, and nothing of its numbers: it may go on with
 # others. (A scan and rematerialisation change nothing to the bit: parity_tests/test_scan.py.)

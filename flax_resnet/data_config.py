@@ -125,10 +125,6 @@ class DataConfig(Settings, group="data"):
         require(self.dir != "", "data.dir", "a directory, or none for the default", self.dir)
         if self.dir is not None:
             places.local_path(self.dir, "data.dir")
-        rule = "the directory with train/CLASS/ and val/CLASS/ inside, with data.name=folder"
-        require(self.name is not Dataset.FOLDER or self.dir is not None, "data.dir", rule, self.dir)
-        rule = "such as imagenette/320px-v2:1.0.0 with data.name=tfds"
-        require(self.name is not Dataset.TFDS or bool(self.tfds), "data.tfds", rule, self.tfds)
         self.validate_constants()
         self.validate_view()
         require(self.validation >= 0, "data.validation", "0 or more examples", self.validation)
@@ -138,6 +134,13 @@ class DataConfig(Settings, group="data"):
         threads = self.threads
         require(threads is None or 1 <= threads <= 1024, "data.threads", "1 to 1024", threads)
         require(0 <= self.workers <= 1024, "data.workers", "0 to 1024", self.workers)
+
+    def require_given(self) -> None:
+        """Raises ConfigError unless it says which images, where the data set's name does not."""
+        rule = "the directory with train/CLASS/ and val/CLASS/ inside, with data.name=folder"
+        require(self.name is not Dataset.FOLDER or self.dir is not None, "data.dir", rule, self.dir)
+        rule = "such as imagenette/320px-v2:1.0.0 with data.name=tfds"
+        require(self.name is not Dataset.TFDS or bool(self.tfds), "data.tfds", rule, self.tfds)
 
     def validate_constants(self) -> None:
         needs_them = self.preprocess is Preprocess.CONSTANTS

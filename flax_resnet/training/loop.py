@@ -33,6 +33,7 @@ from flax_resnet.training.feed import Feed, batch_of, make_feed
 from flax_resnet.training.metrics_log import MetricsLog, Row, SilentLog, read_metrics
 from flax_resnet.training.reporter import Done, Reporter, is_due, progress_bar
 from flax_resnet.training.signals import Stopped, StopSignal, stop_signal
+from flax_resnet.training.starting_network import with_network_of
 from flax_resnet.training.starting_weights import with_weights_of
 from flax_resnet.training.workdir import (
     CURVES,
@@ -67,8 +68,10 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
         Stopped: after one of `signals.SIGNALS`, once the state is saved. It is a SystemExit.
     """
     config.validate()
-    source.check_network(config.data, config.model)
+    config.require_given()
     workdir = places.local_path(workdir, "workdir")
+    config = with_network_of(config, workdir)
+    source.check_network(config.data, config.model)
     wandb_log.check(config.wandb)
     keep_memory()
     mesh = sharding.data_mesh()

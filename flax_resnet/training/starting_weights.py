@@ -5,6 +5,7 @@ They are read once: the run's first checkpoint, of step 0, holds them.
 
 import contextlib
 import dataclasses
+import enum
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,21 +84,35 @@ def with_weights_of(config: Experiment, state: TrainState) -> TrainState:
     return state._replace(params=params, batch_stats=batch_stats)
 
 
+class Kind(enum.Enum):
+    """Where weights come from."""
+
+    RUN = enum.auto()  # a work directory, or one of its checkpoints
+    PUBLISHED = enum.auto()  # a file with a card
+    TORCH = enum.auto()  # any other file, or a folder of the Hub's
+
+
+def find_weights(name: str) -> tuple[Kind, Path]:
+    """What a name that `config.init` may be stands for. Raises as `with_weights_of` does."""
+    path = fetch(place(name, "init", hub=True))
+    if files.is_folder(path):
+        return Kind.TORCH, path
+    if locate(path)[0].is_dir():
+        return Kind.RUN, path
+    if path.suffix not in files.SUFFIXES and not path.is_file():
+        return Kind.PUBLISHED, find(name)
+    if not path.is_file():
+        raise ConfigError(f"init: there is no file {path}")
+    has_card = path.suffix == ".safetensors" and path.with_suffix(".json").exists()
+    return (Kind.PUBLISHED if has_card else Kind.TORCH), path
+
+
 def read_weights(config: Experiment) -> Weights:
     """What `config.init` names, if it fits `config`. Raises as `with_weights_of` does."""
-    name = config.init or ""
-    path = fetch(place(name, "init", hub=True))
+    read = {Kind.RUN: of_run, Kind.PUBLISHED: of_published, Kind.TORCH: of_torch}
     with jax.enable_x64(True):  # they may be float64
-        if files.is_folder(path):
-            return of_torch(path, config)
-        if locate(path)[0].is_dir():
-            return of_run(path, config)
-        if path.suffix not in files.SUFFIXES and not path.is_file():
-            return of_published(find(name), config)
-        if not path.is_file():
-            raise ConfigError(f"init: there is no file {path}")
-        has_card = path.suffix == ".safetensors" and path.with_suffix(".json").exists()
-        return of_published(path, config) if has_card else of_torch(path, config)
+        kind, path = find_weights(config.init or "")
+        return read[kind](path, config)
 
 
 def find(name: str) -> Path:
