@@ -1,6 +1,6 @@
 """ResNet-18 for ImageNet, 224 px, option A (paper, table 2: 27.88 % top-1 error, 10 crops).
 
-python scripts/describe.py --config configs/imagenet18.py
+python scripts/train_flax.py --config configs/imagenet18.py --config.data.dir=DIR
 """
 
 from flax_resnet.config import Experiment

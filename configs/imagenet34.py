@@ -1,6 +1,6 @@
 """ResNet-34 for ImageNet, 224 px, option A (paper, table 2: 25.03 % top-1 error, 10 crops).
 
-python scripts/describe.py --config configs/imagenet34.py
+python scripts/train_flax.py --config configs/imagenet34.py --config.data.dir=DIR
 """
 
 from flax_resnet.config import Experiment

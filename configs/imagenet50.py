@@ -1,6 +1,6 @@
 """ResNet-50 for ImageNet, 224 px, option B (paper, table 3: 22.85 % top-1 error, 10 crops).
 
-python scripts/describe.py --config configs/imagenet50.py
+python scripts/train_flax.py --config configs/imagenet50.py --config.data.dir=DIR
 """
 
 from flax_resnet.config import Experiment

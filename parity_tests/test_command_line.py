@@ -325,14 +325,14 @@ def test_more_validation_examples_than_there_are() -> None:
 
 def test_every_config_file_says_its_own_command_and_is_valid() -> None:
     paths = sorted(ROOT.glob("configs/*.py"))
-    assert len(paths) == 19
+    assert len(paths) == 25
     for path in paths:
         config = config_file.load(path)
         config.validate()
         assert f"--config configs/{path.name}" in path.read_text()
         assert Experiment.from_dict(config.to_dict()) == config
-        name = re.sub("^(tanjeffreyz_)?(resnet|plain|kuangliu|imagenet)", "", path.stem)
-        assert name == "quickstart" or config.model.depth == int(name)
+        name = re.sub("^(tanjeffreyz_)?(resnet|plain|kuangliu|imagenet|torchvision)", "", path.stem)
+        assert name in ("quickstart", "finetune") or config.model.depth == int(name)
 
 
 def test_a_work_directory_in_use_is_refused(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flax_resnet", "train", "--config=resnet21"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --config must be a file or one of imagenet101, ")
+    assert done.stderr.startswith("error: --config must be a file or one of finetune, ")
     assert done.stderr.count("\n") == 1
 
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnet.config import Experiment, ProjectionInit, ResNetConfig, Shortcut, Stride
+from flax_resnet.config import (
+    Crop,
+    Experiment,
+    Preprocess,
+    ProjectionInit,
+    ResNetConfig,
+    Shortcut,
+    Stride,
+)
 from flax_resnet.errors import ConfigError
 from flax_resnet.studies.recipes import STUDIES, Job, make_jobs, parse_seeds
 
@@ -61,6 +69,39 @@ def test_the_config_files_for_imagenet_are_the_papers(depth: int) -> None:
     assert (optim.momentum, optim.weight_decay) == (0.9, 1e-4)
     assert (settings.steps, settings.batch_size) == (600_000, 256)
     assert optim.boundaries == (150_000, 300_000, 450_000)
+    data = config.data
+    assert (data.view, data.jitter) == ((256, 224, Crop.SCALE_JITTER), (256, 480))
+    assert (data.preprocess, data.flip, data.colour) == (Preprocess.MEAN_IMAGE, True, 0.1)
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_the_config_files_for_torchvision_are_its_networks_and_90_epochs(depth: int) -> None:
+    """Of 1,281,167 images in batches of 256, the last of each epoch a smaller one: 5,005."""
+    config = of_file(f"torchvision{depth}")
+    config.validate()
+    assert config.model == ResNetConfig.imagenet(depth, stride=Stride.CONV3X3)
+    optim, settings, data = config.optim, config.train, config.data
+    assert (optim.peak_lr, optim.decay_factor, optim.warmup_steps) == (0.1, 0.1, 0)
+    assert (optim.momentum, optim.weight_decay) == (0.9, 1e-4)
+    assert (settings.steps, settings.batch_size) == (90 * 5005, 256)
+    assert optim.boundaries == (30 * 5005, 60 * 5005)
+    assert (data.view, data.area) == ((256, 224, Crop.RANDOM_RESIZED), (0.08, 1.0))
+    assert (data.preprocess, data.flip, data.colour) == (Preprocess.IMAGENET, True, 0)
+
+
+def test_the_config_file_for_fine_tuning_wants_weights_and_images() -> None:
+    config = of_file("finetune")
+    config.validate()
+    with pytest.raises(ConfigError, match=r"^data.dir must be the directory with train/CLASS/"):
+        config.require_given()
+    config.data.dir = "photos"
+    with pytest.raises(ConfigError, match=r"^init must be given with init_model: .*, got None$"):
+        config.require_given()
+    config.init = "resnet18.pth"
+    config.require_given()
+    for setting in ("model.depth", "model.shortcut", "model.num_classes"):
+        assert config.idle()[setting] == "with init_model the network is that of init"
+    assert not {"model.dtype", "model.scan_blocks", "model.remat"} & config.idle().keys()
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])

@@ -150,7 +150,7 @@ def test_help_of_training_has_the_defaults_of_its_config() -> None:
     page = help_of("train_flax.py")["train_flax.py"]
     shown = {path: default for path, _, default in LINE.findall(page)}
     assert sorted(shown) == sorted(leaves(Experiment()))
-    assert "  --config: the experiment: a file that ends in .py, or one of imagenet101, " in page
+    assert "  --config: the experiment: a file that ends in .py, or one of finetune, " in page
     assert shown["model.depth"] == "110"
     assert shown["optim.warmup_steps"] == "400"
     workdir = (

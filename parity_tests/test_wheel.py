@@ -157,5 +157,5 @@ def test_published_weights_come_with_it(installed: Installed) -> None:
 def test_a_config_that_there_is_not(installed: Installed) -> None:
     done = installed.run("flax-resnet", "train", "--config", "configs/resnet20.py")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --config must be a file or one of imagenet101, ")
+    assert done.stderr.startswith("error: --config must be a file or one of finetune, ")
     assert done.stderr.count("\n") == 1

@@ -39,6 +39,7 @@ def load(config: DataConfig, splits: Collection[str] = SPLITS) -> dict[str, Spli
         ConfigError: more examples are to be held out than there are, or a split cannot be resident.
     """
     config.validate()
+    config.require_given()
     found = load_arrays(config, splits) if is_small(config) else load_images(config, splits)
     return {split: placed(config, split, found[split]) for split in SPLITS if split in found}
 
@@ -155,6 +156,7 @@ def is_here(config: DataConfig) -> bool:
 def class_names(config: DataConfig) -> tuple[str, ...]:
     """What the classes are called, in the order of their numbers. Raises as `load` does."""
     config.validate()
+    config.require_given()
     if config.name is Dataset.FOLDER:
         return folder.class_names(config)
     if config.name is Dataset.TFDS:

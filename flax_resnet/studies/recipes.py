@@ -4,23 +4,32 @@ A network's name is its shortcut and depth, `plain-20` or `A-20`; `B-20-average`
 say how its projections start, where that is not the recipe's own way.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from flax_resnet.config import (
+    Crop,
+    Dataset,
     Experiment,
+    OptimConfig,
     Preprocess,
     ProjectionInit,
     ResNetConfig,
+    Schedule,
     Shortcut,
+    Stride,
+    TrainConfig,
+    Warmup,
 )
 from flax_resnet.errors import ConfigError
 
 Recipe = Callable[[int, Shortcut], Experiment]
 
 TANJEFFREYZ_STEPS = 62_560  # 160 epochs of 391 batches
+IMAGENET_IMAGES = 1_281_167  # of its training split
 MOST_SEEDS = 10_000
 MIN_STEPS = 4  # below, the two drops of the learning rate fall together
 NAME = re.compile(r"(plain|A|B|C)-(\d+)(?:-(average|kaiming))?")
@@ -71,13 +80,64 @@ def tanjeffreyz(depth: int, shortcut: Shortcut) -> Experiment:
 def imagenet(depth: int) -> Experiment:
     """The paper's recipe for ImageNet (section 3.4), with its shortcuts: A, or B of bottlenecks.
 
-    The paper divides the rate by 10 "when the error plateaus", within 60e4 iterations. Here that
-    is after each quarter of them.
+    The short side is resized to a random 256 to 480 pixels, a random 224 x 224 crop is mirrored or
+    not, the mean image is subtracted, and the colours are shifted as in AlexNet. The paper divides
+    the rate by 10 "when the error plateaus", within 60e4 iterations. Here that is after each
+    quarter of them.
     """
     shortcut = Shortcut.A if depth < 50 else Shortcut.B
     config = Experiment(model=ResNetConfig.imagenet(depth, shortcut))
+    config.data.name, config.data.train_crop = Dataset.FOLDER, Crop.SCALE_JITTER
+    config.data.preprocess, config.data.colour = Preprocess.MEAN_IMAGE, 0.1
     config.train.batch_size, config.train.steps = 256, 600_000
     config.optim.boundaries = (150_000, 300_000, 450_000)
+    return config
+
+
+def torchvision(depth: int) -> Experiment:
+    """torchvision's network and recipe for ImageNet: 90 epochs, a tenth of the rate after each 30.
+
+    As its references/classification/train.py has it by default, of its first weights: batches of
+    256 (32 on each of 8 devices, with statistics of their own: `batch_norm=replica` on as many),
+    a random part of an image resized to 224 x 224, mirrored or not.
+    """
+    model = ResNetConfig.imagenet(depth, stride=Stride.CONV3X3)
+    config = Experiment(model=model)
+    config.data.name, config.data.preprocess = Dataset.FOLDER, Preprocess.IMAGENET
+    config.data.train_crop = Crop.RANDOM_RESIZED
+    config.train.batch_size = 256
+    epoch = math.ceil(IMAGENET_IMAGES / config.train.batch_size)
+    config.train.steps = 90 * epoch
+    config.optim.boundaries = (30 * epoch, 60 * epoch)
+    return config
+
+
+def finetune() -> Experiment:
+    """Other weights' network on a folder of the user's own images, with a new classifier.
+
+    Stem and first stage stay as they are: their edges and colours serve any photograph (Yosinski et
+    al. 2014), the statistics of small batches do not disturb them, and the largest maps need no
+    gradient. The rest learns at a tenth of the classifier's rate, which begins with random weights.
+    """
+    config = Experiment(init_model=True, init_fresh=("fc",))
+    config.data.name = Dataset.FOLDER
+    config.optim = OptimConfig(
+        schedule=Schedule.COSINE,
+        peak_lr=0.01,
+        warmup=Warmup.LINEAR,
+        warmup_lr=0.001,
+        warmup_steps=50,
+        body_lr_factor=0.1,
+    )
+    config.train = TrainConfig(
+        steps=1000,
+        batch_size=32,
+        label_smoothing=0.1,
+        log_every=10,
+        evaluate_every=100,
+        checkpoint_every=100,
+        frozen=("stem", "stages.0"),
+    )
     return config
 
 
