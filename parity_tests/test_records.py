@@ -189,7 +189,8 @@ def test_labels_are_read_once_for_the_same_shards(
     assert scanned == ["train"]
 
 
-@pytest.mark.parametrize("split", ["test", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "test"])
 def test_cifar10_is_in_the_order_of_its_archive(split: str, cifar: Path) -> None:
     theirs = cifar10.load(str(cifar), [split])[split]
     ours = records.load(settings(cifar, f"cifar10:{cifar10.VERSION}"), [split])[split]
