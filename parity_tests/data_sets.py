@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnet.data import cifar10
+from flax_resnet.data import cifar
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CHECKPOINTS = "FLAX_RESNET_TEST_CHECKPOINTS"
 METRICS = "FLAX_RESNET_TEST_METRICS"
 PHOTOS = "FLAX_RESNET_TEST_PHOTOS"
-PREPARE = "python -c 'from flax_resnet.data import cifar10; cifar10.load(None)'"
+PREPARE = "python -c 'from flax_resnet.data import cifar; cifar.load(None)'"
 
 
 def find(variable: str, in_shared: str, content: str) -> Path | None:
@@ -27,7 +27,7 @@ def find(variable: str, in_shared: str, content: str) -> Path | None:
 
 def find_cifar10() -> Path | None:
     """The directory of TFDS that holds CIFAR-10, prepared."""
-    return find("TFDS_DATA_DIR", "tfds", f"cifar10/{cifar10.VERSION}/dataset_info.json")
+    return find("TFDS_DATA_DIR", "tfds", f"cifar10/{cifar.VERSION}/dataset_info.json")
 
 
 def need_cifar10() -> Path:
@@ -35,7 +35,7 @@ def need_cifar10() -> Path:
     if path is None:
         pytest.skip(
             "no CIFAR-10: set TFDS_DATA_DIR to a directory, in which this prepares it (170 MB from "
-            f"{cifar10.ARCHIVE_URL}): {PREPARE}"
+            f"{cifar.CIFAR10.url}): {PREPARE}"
         )
     return path
 

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from faults.small_cifar10 import (
-    ARCHIVE,
+from faults.small_cifar import (
     DAMAGES,
     NAMES,
     archive_path,
@@ -31,10 +30,13 @@ from faults.small_cifar10 import (
     train_shard,
     write_archive,
 )
-from flax_resnet.data import cifar10
+from flax_resnet.data import cache, cifar
+from flax_resnet.data.cifar import CIFAR10
 from flax_resnet.data.examples import Examples
 from flax_resnet.errors import DatasetError
 from parity_tests.data_sets import need_cifar10
+
+ARCHIVE = Path(CIFAR10.url).name
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         closed_port = probe.getsockname()[1]
-    monkeypatch.setattr(cifar10, "ARCHIVE_URL", f"http://127.0.0.1:{closed_port}/{ARCHIVE}")
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{closed_port}/{ARCHIVE}")
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
@@ -63,15 +65,14 @@ def archive(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Examples]:
 @pytest.fixture
 def prepared(root: Path, archive: dict[str, Examples]) -> dict[str, Examples]:
     """Prepares the small archive; returns what is in it."""
-    cifar10.load(str(root))
+    cifar.load(str(root))
     return archive
 
 
 def put_archive(root: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> dict[str, Examples]:
     examples = write_archive(root, seed)
-    size, sha256 = measured(root)
-    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", size)
-    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", sha256)
+    for name, value in measured(root).items():
+        monkeypatch.setattr(CIFAR10, name, value)
     return examples
 
 
@@ -85,7 +86,7 @@ def assert_same(ours: dict[str, Examples], theirs: dict[str, Examples]) -> None:
 
 def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cifar10, "_decode", lambda builder, splits: splits and pytest.fail("decoded again")
+        cifar, "_decode", lambda builder, splits: splits and pytest.fail("decoded again")
     )
 
 
@@ -93,7 +94,7 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_archive_reads_back_to_the_bit_in_its_order(root, archive):
-    examples = cifar10.load(str(root))
+    examples = cifar.load(str(root))
     assert_same(examples, archive)
     assert examples["train"].image.dtype == np.uint8
     assert examples["train"].label.dtype == np.int32
@@ -102,7 +103,7 @@ def test_archive_reads_back_to_the_bit_in_its_order(root, archive):
 
 def test_stock_tfds_reads_what_was_prepared(root, prepared):
     builder = tfds.builder("cifar10", data_dir=root)
-    assert str(builder.version) == cifar10.VERSION
+    assert str(builder.version) == cifar.VERSION
     assert builder.info.features["label"].names == NAMES
     for split, examples in prepared.items():
         source = builder.as_data_source(split=split)
@@ -114,12 +115,12 @@ def test_stock_tfds_reads_what_was_prepared(root, prepared):
 
 
 def test_default_directory_is_that_of_tfds(archive):
-    assert_same(cifar10.load(None), archive)  # TFDS_DATA_DIR
+    assert_same(cifar.load(None), archive)  # TFDS_DATA_DIR
 
 
 def test_remote_directory_is_refused():
     with pytest.raises(DatasetError, match="local path, got gs://bucket"):
-        cifar10.load("gs://bucket")
+        cifar.load("gs://bucket")
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated"])
@@ -131,9 +132,9 @@ def test_wrong_archive_of_the_user_is_refused_and_kept(root, archive, damage):
         path.write_bytes(path.read_bytes()[:-1])
     data = path.read_bytes()
     with pytest.raises(DatasetError) as refusal:
-        cifar10.load(str(root))
+        cifar.load(str(root))
     message = str(refusal.value)
-    for expected in (str(cifar10.ARCHIVE_BYTES), cifar10.ARCHIVE_SHA256, cifar10.ARCHIVE_URL):
+    for expected in (str(CIFAR10.num_bytes), CIFAR10.sha256, CIFAR10.url):
         assert expected in message
     for got in (str(len(data)), hashlib.sha256(data).hexdigest()):
         assert got in message
@@ -144,9 +145,9 @@ def test_wrong_archive_of_the_user_is_refused_and_kept(root, archive, damage):
 def test_without_network_the_error_comes_at_once_and_says_where_to_put_the_file(root):
     start = time.monotonic()
     with pytest.raises(DatasetError) as refusal:
-        cifar10.load(str(root))
+        cifar.load(str(root))
     assert time.monotonic() - start < 5
-    assert f"fetch {cifar10.ARCHIVE_URL} and put it at {archive_path(root)}" in str(refusal.value)
+    assert f"fetch {CIFAR10.url} and put it at {archive_path(root)}" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -165,14 +166,14 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         server.handle_error = lambda *_: None  # a client that hangs up is part of the tests
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/{ARCHIVE}"
-        monkeypatch.setattr(cifar10, "ARCHIVE_URL", url)
+        monkeypatch.setattr(CIFAR10, "url", url)
         yield directory / ARCHIVE
         server.shutdown()
 
 
 def test_download_goes_where_tfds_looks_for_it(root, archive, served):
     archive_path(root).rename(served)
-    assert_same(cifar10.load(str(root)), archive)
+    assert_same(cifar.load(str(root)), archive)
     assert archive_path(root).read_bytes() == served.read_bytes()
 
 
@@ -180,8 +181,8 @@ def test_download_goes_where_tfds_looks_for_it(root, archive, served):
 def test_wrong_download_is_refused_and_removed(root, archive, served, change):
     served.write_bytes(change(archive_path(root).read_bytes()))
     archive_path(root).unlink()
-    with pytest.raises(DatasetError, match=f"must have .* sha256 {cifar10.ARCHIVE_SHA256}, got"):
-        cifar10.load(str(root))
+    with pytest.raises(DatasetError, match=f"must have .* sha256 {CIFAR10.sha256}, got"):
+        cifar.load(str(root))
     assert not list(archive_path(root).parent.iterdir())
     assert not dataset_path(root).exists()
 
@@ -190,12 +191,12 @@ def test_endless_download_does_not_fill_the_disk(root, archive, served, monkeypa
     served.write_bytes(bytes(8 << 20))
     archive_path(root).unlink()
     sizes = []
-    check = cifar10._check_archive
+    check = cifar._check_archive
     monkeypatch.setattr(
-        cifar10, "_check_archive", lambda path: (sizes.append(path.stat().st_size), check(path))
+        cifar, "_check_archive", lambda *args: (sizes.append(args[1].stat().st_size), check(*args))
     )
     with pytest.raises(DatasetError):
-        cifar10.load(str(root))
+        cifar.load(str(root))
     assert sizes == [1 << 20]  # one piece
 
 
@@ -228,7 +229,7 @@ def test_killed_preparation_leaves_nothing_that_is_read(root, archive):
     assert not dataset_path(root).exists()
     # Had it come further, there would be a dataset that was never read back.
     (incomplete / "cifar10" / "3.0.2").mkdir()
-    assert_same(cifar10.load(str(root)), archive)  # nor is the lock it held an obstacle
+    assert_same(cifar.load(str(root)), archive)  # nor is the lock it held an obstacle
     assert not incomplete.exists()
 
 
@@ -240,11 +241,11 @@ def test_damaged_dataset_is_prepared_again_from_the_archive(root, prepared, dama
     shard = train_shard(root)
     damage(shard)
     left = {path.name: path.read_bytes() for path in dataset_path(root).iterdir()}
-    assert_same(cifar10.load(str(root)), prepared)
+    assert_same(cifar.load(str(root)), prepared)
     (aside,) = (root / "downloads").glob("cifar10.damaged.*")
     assert f"prepared again, the damaged one is {aside}" in caplog.text
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == left
-    assert_same(cifar10.load(str(root)), prepared)
+    assert_same(cifar.load(str(root)), prepared)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -253,7 +254,7 @@ def test_damaged_shard_is_named_where_there_is_no_archive(root, prepared, damage
     shard = train_shard(root)
     damage(shard)
     with pytest.raises(DatasetError) as refusal:
-        cifar10.load(str(root))
+        cifar.load(str(root))
     assert str(shard) in str(refusal.value)
     assert f"delete {'it' if damage is Path.unlink else dataset_path(root)}" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -264,7 +265,7 @@ def test_damaged_description_is_refused_where_there_is_no_archive(root, prepared
     archive_path(root).unlink()
     damage(dataset_path(root) / "dataset_info.json")
     with pytest.raises(DatasetError, match=f"cannot read {dataset_path(root)} .* delete it"):
-        cifar10.load(str(root))
+        cifar.load(str(root))
 
 
 # A directory that is not quite the one that was asked for.
@@ -276,26 +277,26 @@ def test_damaged_description_is_refused_where_there_is_no_archive(root, prepared
 def test_a_directory_too_deep_is_understood(root, prepared, inner, caplog):
     before = sorted(root.rglob("*"))
     with caplog.at_level(logging.INFO, "flax_resnet"):
-        assert_same(cifar10.load(f"{root}/{inner}"), prepared)
-    (line,) = [r.getMessage() for r in caplog.records if r.name == cifar10.__name__]
+        assert_same(cifar.load(f"{root}/{inner}"), prepared)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == cifar.__name__]
     assert line.endswith(f"reading {dataset_path(root)}")
     assert sorted(root.rglob("*")) == before
 
 
 def test_a_directory_too_deep_may_be_the_current_one(root, prepared, monkeypatch):
     monkeypatch.chdir(dataset_path(root))
-    assert_same(cifar10.load("."), prepared)
+    assert_same(cifar.load("."), prepared)
 
 
 def test_a_copy_of_the_inner_folder_alone_is_understood(root, prepared, tmp_path):
     dataset_path(root).rename(tmp_path / "images")
-    assert_same(cifar10.load(str(tmp_path / "images")), prepared)
+    assert_same(cifar.load(str(tmp_path / "images")), prepared)
 
 
 @pytest.mark.parametrize("inner", ["cifar10/3.0.2", "cifar10"])
 def test_what_a_directory_too_deep_lacks_is_prepared_where_it_belongs(root, archive, inner):
     (root / "cifar10" / "3.0.1").mkdir(parents=True)  # so that `cifar10` is TFDS's folder
-    assert_same(cifar10.load(f"{root}/{inner}"), archive)
+    assert_same(cifar.load(f"{root}/{inner}"), archive)
     assert dataset_path(root).exists()
     assert not (root / inner / "downloads").exists()
 
@@ -304,7 +305,7 @@ def test_a_data_directory_of_that_name_is_no_directory_too_deep(tmp_path, served
     archive = put_archive(tmp_path, monkeypatch, seed=0)
     archive_path(tmp_path).rename(served)
     for _ in range(2):
-        assert_same(cifar10.load(str(tmp_path / "cifar10")), archive)
+        assert_same(cifar.load(str(tmp_path / "cifar10")), archive)
         assert dataset_path(tmp_path / "cifar10").exists()
 
 
@@ -315,13 +316,13 @@ def test_another_dataset_is_refused(root, prepared):
         shard.rename(shard.with_name(shard.name.replace("cifar10", "cifar100")))
     dataset_path(root).rename(root / "other")
     with pytest.raises(DatasetError, match="other must hold cifar10, got cifar100"):
-        cifar10.load(str(root / "other"))
+        cifar.load(str(root / "other"))
 
 
 def test_a_file_is_no_directory(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DatasetError, match=r"must be a directory, got the file .*/file"):
-        cifar10.load(str(tmp_path / "file"))
+        cifar.load(str(tmp_path / "file"))
 
 
 def test_a_directory_that_may_not_be_written_is_named(root, monkeypatch):
@@ -330,7 +331,7 @@ def test_a_directory_that_may_not_be_written_is_named(root, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(DatasetError, match=rf"cannot prepare CIFAR-10 in {root} .*Permission"):
-        cifar10.load(str(root))
+        cifar.load(str(root))
 
 
 # The cache.
@@ -338,7 +339,7 @@ def test_a_directory_that_may_not_be_written_is_named(root, monkeypatch):
 
 def test_second_start_reads_the_cache(root, prepared, monkeypatch):
     forbid_decoding(monkeypatch)
-    assert_same(cifar10.load(str(root)), prepared)
+    assert_same(cifar.load(str(root)), prepared)
 
 
 @pytest.mark.parametrize("offset", [0, 31, 32, 100, -1, "empty", "half", "end"])
@@ -349,22 +350,22 @@ def test_damaged_cache_is_found_and_built_again(root, prepared, caplog, monkeypa
         flip(entry, offset)
     else:
         entry.write_bytes(good[: {"empty": 0, "half": len(good) // 2, "end": -1}[offset]])
-    assert_same(cifar10.load(str(root)), prepared)
-    assert [
-        record.getMessage() for record in caplog.records if record.name == cifar10.__name__
-    ] == [f"{entry} is damaged: removed, to be decoded again"]
+    assert_same(cifar.load(str(root)), prepared)
+    assert [record.getMessage() for record in caplog.records if record.name == cache.__name__] == [
+        f"{entry} is damaged: removed, to be decoded again"
+    ]
     assert entry.read_bytes() == good
     forbid_decoding(monkeypatch)
-    assert_same(cifar10.load(str(root)), prepared)
+    assert_same(cifar.load(str(root)), prepared)
 
 
 def test_the_test_split_alone_reads_no_training_image(root, archive):
-    cifar10.load(str(root))
+    cifar.load(str(root))
     for path in (Path(os.environ["XDG_CACHE_HOME"]) / "flax-resnet").glob("*.npy"):
         path.unlink()
     (shard,) = dataset_path(root).glob("*-train.array_record-*")
     shard.write_bytes(bytes(shard.stat().st_size))
-    found = cifar10.load(str(root), ["test"])
+    found = cifar.load(str(root), ["test"])
     assert_same(found, {"test": archive["test"]})
     assert not list((Path(os.environ["XDG_CACHE_HOME"]) / "flax-resnet").glob("*-train.npy"))
 
@@ -373,14 +374,14 @@ def test_another_dataset_in_the_same_place_takes_the_cache_over(root, prepared, 
     old = cache_entry()
     dataset_path(root).rename(root / "elsewhere")
     other = put_archive(root, monkeypatch, seed=2)
-    assert_same(cifar10.load(str(root)), other)
+    assert_same(cifar.load(str(root)), other)
     assert cache_entry() != old  # and the old one is gone
 
 
 def test_unusable_cache_directory_is_only_a_warning(root, archive, caplog, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert_same(cifar10.load(str(root)), archive)
+    assert_same(cifar.load(str(root)), archive)
     assert "going on without a cache" in caplog.text
 
 
@@ -389,7 +390,7 @@ def test_full_disk_is_only_a_warning(root, archive, caplog, monkeypatch, tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert_same(cifar10.load(str(root)), archive)
+    assert_same(cifar.load(str(root)), archive)
     assert "No space left on device" in caplog.text
     assert [path.suffix for path in (tmp_path / "cache" / "flax-resnet").iterdir()] == [".lock"]
 
@@ -415,7 +416,7 @@ def real() -> tuple[str, str]:
 def test_real_images(splits, real, monkeypatch):
     directory, cache = real
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
-    examples = cifar10.load(directory, splits)
+    examples = cifar.load(directory, splits)
     assert tuple(len(examples[split].label) for split in splits) in SIZES[splits]
     for image, label in examples.values():
         assert image.shape == (len(label), 32, 32, 3)
@@ -423,6 +424,6 @@ def test_real_images(splits, real, monkeypatch):
         assert set(label) == set(range(10))
     forbid_decoding(monkeypatch)
     start = time.process_time()  # 0.3 s here; of the processor, as others may use the machine
-    cached = cifar10.load(directory, splits)
+    cached = cifar.load(directory, splits)
     assert time.process_time() - start < 2
     assert_same(cached, examples)

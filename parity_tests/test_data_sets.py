@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnet.data.cifar10 import ARCHIVE_URL, VERSION
+from flax_resnet.data.cifar import CIFAR10, VERSION
 from parity_tests import data_sets
 
 CURVES = "CifarResNet-20-P-19_13_20/test_errors.npy"
@@ -64,5 +64,5 @@ def test_a_skip_names_the_variable_and_the_source(
         function()
     message = str(skipped.value)
     assert f"set {variable} to a directory" in message
-    sources = ARCHIVE_URL, "from the moon", "github.com/", "Azure-Samples/"
+    sources = CIFAR10.url, "from the moon", "github.com/", "Azure-Samples/"
     assert any(source in message for source in sources)

@@ -27,7 +27,7 @@ from flax_resnet.config import (
     Stages,
     Stride,
 )
-from flax_resnet.data import cifar10, digits, pixels
+from flax_resnet.data import cifar, digits, pixels
 from flax_resnet.errors import ConfigError
 from flax_resnet.resnet import abstract
 from flax_resnet.training import identified
@@ -390,7 +390,7 @@ def test_the_stride_of_bottlenecks(stride: Stride, monkeypatch: pytest.MonkeyPat
 @pytest.fixture(scope="module")
 def photographs() -> np.ndarray:
     """Test images do as well: the divergences are those of training images to 0.0001."""
-    return cifar10.load(str(need_cifar10()), ["test"])["test"].image
+    return cifar.load(str(need_cifar10()), ["test"])["test"].image
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from jax.sharding import AxisType
 
 import flax_resnet
 from flax_resnet.config import ChannelPad, Preprocess, Shortcut
-from flax_resnet.data import cifar10, pixels
+from flax_resnet.data import cifar, pixels
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.nn.cpu import compiler_options
@@ -80,7 +80,7 @@ def read(published: Published) -> files.Contents:
 
 @pytest.fixture(scope="module")
 def test_split() -> Examples:
-    return cifar10.load(str(need_cifar10()))["test"]
+    return cifar.load(str(need_cifar10()))["test"]
 
 
 def constants_of(published: Published) -> Normalization:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from faults import small_tfds
-from flax_resnet.data import cifar10, records
+from flax_resnet.data import cifar, records
 from flax_resnet.data.records import NO_LABEL, Records
 from flax_resnet.data_config import DataConfig, Dataset
 from flax_resnet.errors import DatasetError
@@ -31,7 +31,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def cifar() -> Path:
+def real() -> Path:
     return need_cifar10()
 
 
@@ -191,9 +191,9 @@ def test_labels_are_read_once_for_the_same_shards(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_cifar10_is_in_the_order_of_its_archive(split: str, cifar: Path) -> None:
-    theirs = cifar10.load(str(cifar), [split])[split]
-    ours = records.load(settings(cifar, f"cifar10:{cifar10.VERSION}"), [split])[split]
+def test_cifar10_is_in_the_order_of_its_archive(split: str, real: Path) -> None:
+    theirs = cifar.load(str(real), [split])[split]
+    ours = records.load(settings(real, f"cifar10:{cifar.VERSION}"), [split])[split]
     assert np.array_equal(ours.label, theirs.label)
     for i in range(0, len(ours), 97):
         image = Image.open(io.BytesIO(ours.read(i)))

@@ -17,8 +17,9 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
-from faults.small_cifar10 import dataset_path, flip, measured, write_archive
-from flax_resnet.data import cifar10, tfrecord
+from faults.small_cifar import dataset_path, flip, measured, write_archive
+from flax_resnet.data import cifar, tfrecord
+from flax_resnet.data.cifar import CIFAR10
 from flax_resnet.data.examples import Examples
 from flax_resnet.errors import DatasetError
 from parity_tests.data_sets import need_cifar10
@@ -65,12 +66,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Splits]:
     """A prepared dataset of 48 random images, and what is in it."""
     root = tmp_path_factory.mktemp("small")
     examples = write_archive(root, seed=0)
-    size, sha256 = measured(root)
     with (
         mock.patch.dict(os.environ, XDG_CACHE_HOME=str(root / "cache")),
-        mock.patch.multiple(cifar10, ARCHIVE_BYTES=size, ARCHIVE_SHA256=sha256),
+        mock.patch.multiple(CIFAR10, **measured(root)),
     ):
-        cifar10.load(str(root))
+        cifar.load(str(root))
     return dataset_path(root), examples
 
 
@@ -98,7 +98,7 @@ def assert_same(ours: Splits, theirs: Splits) -> None:
 
 def test_a_copy_gives_the_same_bits_without_tensorflow(copy: tuple[Path, Splits]) -> None:
     root, examples = copy
-    assert_same(cifar10.load(str(root)), examples)
+    assert_same(cifar.load(str(root)), examples)
     assert "tensorflow" not in sys.modules
 
 
@@ -108,7 +108,7 @@ def test_an_old_description_need_not_name_the_format(copy: tuple[Path, Splits]) 
     info = json.loads(path.read_text())
     del info["fileFormat"]
     path.write_text(json.dumps(info))
-    assert_same(cifar10.load(str(root)), examples)
+    assert_same(cifar.load(str(root)), examples)
 
 
 def test_checksums_are_crc32c() -> None:
@@ -181,7 +181,7 @@ def test_a_damaged_shard_is_named(copy: tuple[Path, Splits], damage, complaint: 
     shard = shard_of(copy[0])
     damage(shard)
     with pytest.raises(DatasetError) as refusal:
-        cifar10.load(str(copy[0]))
+        cifar.load(str(copy[0]))
     message = str(refusal.value)
     assert str(shard) in message
     assert complaint in message
@@ -195,15 +195,15 @@ def test_a_format_that_needs_tensorflow_is_refused(copy: tuple[Path, Splits]) ->
     for shard in dataset.glob("*tfrecord*"):
         shard.rename(shard.with_name(shard.name.replace("tfrecord", "riegeli")))
     with pytest.raises(DatasetError, match=r"or tfrecord, .*riegeli.* delete it"):
-        cifar10.load(str(copy[0]))
+        cifar.load(str(copy[0]))
 
 
 @pytest.mark.slow
 def test_the_real_images_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = need_cifar10()
-    expected = cifar10.load(str(directory))
+    expected = cifar.load(str(directory))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     copy = copy_as_tfrecord(dataset_path(directory), tmp_path, write_at_once)
     assert not list(copy.glob("*array_record*"))
-    assert_same(cifar10.load(str(tmp_path)), expected)
+    assert_same(cifar.load(str(tmp_path)), expected)
     shutil.rmtree(copy)  # 140 MB

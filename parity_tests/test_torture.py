@@ -18,16 +18,16 @@ DATASET = [
 ]
 # What makes the dataset's promise untrue: a damaged one is not prepared again.
 BROKEN = """
-from flax_resnet.data import cifar10
+from flax_resnet.data import cifar
 
-prepare = cifar10._prepare
+prepare = cifar._prepare
 
-def prepare_once(root, dataset, damage=None):
+def prepare_once(which, root, dataset, damage=None):
     if damage is not None:
         raise damage
-    prepare(root, dataset)
+    prepare(which, root, dataset)
 
-cifar10._prepare = prepare_once
+cifar._prepare = prepare_once
 """
 
 

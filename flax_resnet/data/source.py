@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from flax_resnet.config import Crop, DataConfig, Dataset, Placement, Preprocess, ResNetConfig
-from flax_resnet.data import cifar10, digits, folder, records, views
+from flax_resnet.data import cifar, digits, folder, records, views
 from flax_resnet.data.encoded import Arrays, Images, Part
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization, make_normalization
@@ -21,6 +21,7 @@ from flax_resnet.settings import require
 
 Split = Examples | Images
 
+CIFAR = {Dataset.CIFAR10: cifar.CIFAR10, Dataset.CIFAR100: cifar.CIFAR100}
 SPLITS = ("train", "test", "validation")
 RESIDENT_BYTES = 2**30  # the most that a split may take to be resident without being told
 STATISTICS_IMAGES = 2000  # photographs whose mean and deviation are taken
@@ -54,7 +55,7 @@ def load_arrays(config: DataConfig, splits: Collection[str]) -> dict[str, Split]
     if "validation" in splits and config.validation and "train" not in files:
         files.append("train")
     is_digits = config.name is Dataset.DIGITS
-    found = digits.load() if is_digits else cifar10.load(config.dir, files)
+    found = digits.load() if is_digits else cifar.load(config.dir, files, CIFAR[config.name])
     if config.validation and "train" in found:
         train = found["train"]
         size = left(config, len(train.label))
@@ -150,7 +151,7 @@ def is_here(config: DataConfig) -> bool:
     """Whether `load` needs no download."""
     if config.name is Dataset.TFDS:
         return records.is_here(config)
-    return config.name is not Dataset.CIFAR10 or cifar10.is_here(config.dir)
+    return config.name not in CIFAR or cifar.is_here(config.dir, CIFAR[config.name])
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
@@ -163,7 +164,7 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
         return records.class_names(config)
     if config.name is Dataset.DIGITS:
         return tuple(map(str, range(10)))
-    return cifar10.CLASSES
+    return CIFAR[config.name].classes
 
 
 def check_network(config: DataConfig, model: ResNetConfig) -> None:

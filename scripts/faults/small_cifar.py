@@ -1,7 +1,7 @@
-"""A small CIFAR-10 in place of the real one, and ways to damage it once it is prepared.
+"""A small CIFAR in place of the real one, and ways to damage it once it is prepared.
 
-`flax_resnet.data.cifar10` knows the real archive's size and digest, ARCHIVE_BYTES and
-ARCHIVE_SHA256. Whoever loads the small one first sets them to what `measured` returns.
+`flax_resnet.data.cifar` knows the real archives' sizes and digests. Whoever loads a small one first
+sets them to what `measured` returns.
 """
 
 import hashlib
@@ -13,58 +13,69 @@ import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from flax_resnet.data import cifar10
+from flax_resnet.data.cifar import CIFAR10, CIFAR100, VERSION, Cifar
 from flax_resnet.data.examples import Examples
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHIVE = "cifar-10-binary.tar.gz"
 PER_BATCH = 8
-NAMES = [f"class{i}" for i in range(10)]
+NAMES = [f"class{i}" for i in range(10)]  # of CIFAR-10; the others have more
+CLASSES = {CIFAR10.name: {"label": 10}, CIFAR100.name: {"coarse_label": 20, "label": 100}}
 
 
-def write_archive(root: Path, seed: int) -> dict[str, Examples]:
-    """Puts random images where a user puts the archive; returns what is in it."""
-    examples = {
-        "train": random_examples(5 * PER_BATCH, seed),
-        "test": random_examples(PER_BATCH, seed + 1),
+def write_archive(root: Path, seed: int, which: Cifar = CIFAR10) -> dict[str, Examples]:
+    """Puts random images where a user puts the archive; returns what is in it.
+
+    CIFAR-100's coarse label is the fine one modulo 20.
+    """
+    classes = CLASSES[which.name]
+    sizes = {"train": 5 * PER_BATCH, "test": PER_BATCH}
+    files = {
+        file: "\n".join([*(f"class{i}" for i in range(classes[label])), "", ""]).encode()
+        for label, file in which.names.items()
     }
-    batches = [(f"data_batch_{i + 1}.bin", "train", i * PER_BATCH) for i in range(5)]
-    files = {"batches.meta.txt": "\n".join([*NAMES, "", ""]).encode()}
-    for name, split, start in [*batches, ("test_batch.bin", "test", 0)]:
-        image, label = (array[start : start + PER_BATCH] for array in examples[split])
-        channels_first = image.transpose(0, 3, 1, 2).reshape(PER_BATCH, -1)
-        files[name] = np.hstack([label[:, None].astype(np.uint8), channels_first]).tobytes()
-    path = archive_path(root)
+    examples: dict[str, Examples] = {}
+    for shift, (split, size) in enumerate(sizes.items()):
+        examples[split] = random_examples(size, seed + shift, classes["label"])
+        image, label = examples[split]
+        labels = np.stack([label % number for number in classes.values()], 1).astype(np.uint8)
+        channels_first = image.transpose(0, 3, 1, 2).reshape(size, -1)
+        names = which.splits[split]
+        for name, part in zip(
+            names, np.split(np.hstack([labels, channels_first]), len(names)), strict=True
+        ):
+            files[name] = part.tobytes()
+    path = archive_path(root, which)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz") as tar:
         for name, data in files.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member = tarfile.TarInfo(f"{which.folder}/{name}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return examples
 
 
-def random_examples(n: int, seed: int) -> Examples:
+def random_examples(n: int, seed: int, classes: int) -> Examples:
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
-    return Examples(image, rng.integers(0, 10, n, np.int32))
+    return Examples(image, rng.integers(0, classes, n, np.int32))
 
 
-def measured(root: Path) -> tuple[int, str]:
-    """Size and sha256 of the archive."""
-    data = archive_path(root).read_bytes()
-    return len(data), hashlib.sha256(data).hexdigest()
+def measured(root: Path, which: Cifar = CIFAR10) -> dict[str, Any]:
+    """Size and sha256 of the archive, by the names of the attributes of a Cifar."""
+    data = archive_path(root, which).read_bytes()
+    return {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def archive_path(root: Path) -> Path:
-    return root / "downloads" / "manual" / ARCHIVE
+def archive_path(root: Path, which: Cifar = CIFAR10) -> Path:
+    return root / "downloads" / "manual" / Path(which.url).name
 
 
-def dataset_path(root: Path) -> Path:
-    return root / "cifar10" / "3.0.2"
+def dataset_path(root: Path, which: Cifar = CIFAR10) -> Path:
+    return root / which.name / VERSION
 
 
 def train_shard(root: Path) -> Path:
@@ -112,21 +123,22 @@ DAMAGES = [Path.unlink, shorten, flip_middle, lose_record]  # of a shard
 START = """
 import hashlib, os, signal, sys
 from pathlib import Path
-from flax_resnet.data import cifar10
+from flax_resnet.data import cifar
+from flax_resnet.data.cifar import CIFAR10
 
-root, size, cifar10.ARCHIVE_SHA256, mode = sys.argv[1:]
-cifar10.ARCHIVE_BYTES = int(size)
+root, size, CIFAR10.sha256, mode = sys.argv[1:]
+CIFAR10.num_bytes = int(size)
 
 def logged(name):
-    function = getattr(cifar10, name)
+    function = getattr(cifar, name)
     def call(*args):
         with open(Path(root) / "calls", "a") as log:
             log.write(name + "\\n")
         return function(*args)
-    setattr(cifar10, name, call)
+    setattr(cifar, name, call)
 
-def killed(archive, split):
-    for i, example in enumerate(read_split(archive, split)):
+def killed(*args):
+    for i, example in enumerate(read_split(*args)):
         if i == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         yield example
@@ -134,10 +146,10 @@ def killed(archive, split):
 logged("_fetch")
 logged("_decode")
 if mode == "killed":
-    read_split, cifar10._read_split = cifar10._read_split, killed
+    read_split, cifar._read_split = cifar._read_split, killed
 print("ready", flush=True)
 sys.stdin.readline()
-examples = cifar10.load(root)
+examples = cifar.load(root)
 print(hashlib.sha256(b"".join(a.tobytes() for e in examples.values() for a in e)).hexdigest())
 """
 
@@ -148,9 +160,8 @@ def start_process(root: Path, mode: str = "") -> subprocess.Popen[str]:
     Args:
         mode: "killed" to have it killed while it prepares the dataset.
     """
-    size, sha256 = cifar10.ARCHIVE_BYTES, cifar10.ARCHIVE_SHA256
     return subprocess.Popen(
-        [sys.executable, "-c", START, str(root), str(size), sha256, mode],
+        [sys.executable, "-c", START, str(root), str(CIFAR10.num_bytes), CIFAR10.sha256, mode],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
-"""CIFAR-10 through tensorflow-datasets, prepared and read with no TensorFlow.
+"""CIFAR-10 and CIFAR-100 through tensorflow-datasets, prepared and read with no TensorFlow.
 
-TFDS reads `array_record` files without TensorFlow, but needs it to prepare CIFAR-10. The builder
+TFDS reads `array_record` files without TensorFlow, but needs it to prepare CIFAR. The builder
 here replaces the two steps that do (unpacking the archive, encoding PNG) and writes what TFDS
 would have written: stock `tfds.builder("cifar10", data_dir=...)` reads it. A copy that TFDS itself
 has prepared is in `tfrecord` files, its default, which are read too.
@@ -22,6 +22,7 @@ import tarfile
 import time
 import urllib.request
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,68 @@ from PIL import Image
 from tqdm import tqdm
 
 from flax_resnet import places
-from flax_resnet.data import tfrecord
+from flax_resnet.data import cache, prepared, tfrecord
 from flax_resnet.data.examples import Examples
-from flax_resnet.errors import ConfigError, DatasetError
+from flax_resnet.errors import DatasetError
 
-ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-ARCHIVE_BYTES = 170_052_171
-ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-NAME, VERSION = "cifar10", "3.0.2"
-CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
+VERSION = "3.0.2"  # TFDS's, of both
+
+
+@dataclass
+class Cifar:
+    """One of the two: its archive, and how a record of it begins."""
+
+    name: str  # TFDS's
+    title: str
+    url: str
+    num_bytes: int  # of the archive
+    sha256: str
+    folder: str  # in the archive
+    splits: dict[str, list[str]]  # the files of each, in order
+    names: dict[str, str]  # by label, in the order of its bytes: the file with its classes
+    builder: type[tfds.core.GeneratorBasedBuilder]  # TFDS's, which has the features
+    words: str  # what its classes are called, in the order of "label"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.words.split())
+
+
+CIFAR10 = Cifar(
+    "cifar10",
+    "CIFAR-10",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    170_052_171,
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    "cifar-10-batches-bin",
+    {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]},
+    {"label": "batches.meta.txt"},
+    tfds.image_classification.Cifar10,
+    "airplane automobile bird cat deer dog frog horse ship truck",
+)
+CIFAR100 = Cifar(
+    "cifar100",
+    "CIFAR-100",
+    "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    168_513_733,
+    "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+    "cifar-100-binary",
+    {"train": ["train.bin"], "test": ["test.bin"]},
+    {"coarse_label": "coarse_label_names.txt", "label": "fine_label_names.txt"},
+    tfds.image_classification.Cifar100,
+    """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+        butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach
+        couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster
+        house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+        motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+        pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket
+        rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+        sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
+        turtle wardrobe whale willow_tree wolf woman worm
+    """,
 )
 
-_SPLITS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 _TIMEOUT_SECONDS = 10  # to connect, and between two pieces of the download
 _CACHE_FORMAT = 2  # to be raised with every change to the layout of a cache entry
 
@@ -54,9 +103,11 @@ _log = logging.getLogger(__name__)
 
 
 def load(
-    data_dir: str | None = None, splits: Collection[str] = ("train", "test")
+    data_dir: str | None = None,
+    splits: Collection[str] = ("train", "test"),
+    which: Cifar = CIFAR10,
 ) -> dict[str, Examples]:
-    """Returns CIFAR-10, first downloaded and prepared if `data_dir` does not hold it.
+    """Returns CIFAR, first downloaded and prepared if `data_dir` does not hold it.
 
     Args:
       data_dir: TFDS's data directory, the one with `cifar10/3.0.2` inside, or one of these two
@@ -73,51 +124,40 @@ def load(
         was prepared from is not in `data_dir/downloads/manual`. Where that is, the dataset is
         prepared again, and the damaged one kept beside the archive.
     """
-    given = _given(data_dir)
-    if given.exists() and not given.is_dir():
-        raise DatasetError(f"the data directory must be a directory, got the file {given}")
-    dataset = _find(given)
+    given = prepared.directory(data_dir)
+    dataset = _find(which, given)
     root = dataset.parents[1]
     if root != given:
         _log.info("%s is within tensorflow-datasets' directory: reading %s", given, dataset)
     if not dataset.exists():
-        _prepare(root, dataset)
+        _prepare(which, root, dataset)
     try:
-        return _load(dataset, splits)
+        return _load(which, dataset, splits)
     except _DamagedError as error:
-        if not _archive(root).exists():
+        if not _archive(which, root).exists():
             raise
-        _prepare(root, dataset, error)
-        return _load(dataset, splits)
+        _prepare(which, root, dataset, error)
+        return _load(which, dataset, splits)
 
 
-def is_here(data_dir: str | None = None) -> bool:
+def is_here(data_dir: str | None = None, which: Cifar = CIFAR10) -> bool:
     """Whether `load` finds it prepared, without a download; raises DatasetError for no path."""
-    return _find(_given(data_dir)).exists()
+    return _find(which, prepared.directory(data_dir)).exists()
 
 
-def _given(data_dir: str | None) -> Path:
-    """The directory that is meant; None: TFDS's own choice."""
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    try:
-        return places.local_path(data_dir, "the data directory")
-    except ConfigError as e:
-        raise DatasetError(str(e)) from e
-
-
-def _find(given: Path) -> Path:
+def _find(which: Cifar, given: Path) -> Path:
     """The dataset's own folder, in the data directory `given` or, if `given` lies too deep, above.
 
     It need not be there. A copy of that folder under other names is found as well.
     """
-    dataset = given / NAME / VERSION
-    if dataset.exists() or _archive(given).exists():
+    dataset = given / which.name / VERSION
+    if dataset.exists() or _archive(which, given).exists():
         return dataset
     absolute = Path(os.path.abspath(given))
-    if absolute.parts[-2:] == (NAME, VERSION) or (given / "dataset_info.json").exists():
+    if absolute.parts[-2:] == (which.name, VERSION) or (given / "dataset_info.json").exists():
         return absolute
     versions = [path for path in given.glob("*.*.*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
-    if (given / VERSION).exists() or (absolute.name == NAME and versions):
+    if (given / VERSION).exists() or (absolute.name == which.name and versions):
         return absolute / VERSION
     return dataset
 
@@ -126,28 +166,28 @@ class _DamagedError(DatasetError):
     """What was prepared is not whole."""
 
 
-def _load(dataset: Path, splits: Collection[str]) -> dict[str, Examples]:
+def _load(which: Cifar, dataset: Path, splits: Collection[str]) -> dict[str, Examples]:
     """Reads what is prepared, or the decoded copy of it in the cache: a file for each split."""
-    builder, fingerprint = _open(dataset)
-    cache = places.cache_directory()
-    stem = f"cifar10-{_sha256(os.fspath(dataset.resolve()))[:16]}"
-    entries = {split: cache / f"{stem}-{fingerprint[:16]}-{split}.npy" for split in splits}
+    builder, fingerprint = _open(which, dataset)
+    folder = places.cache_directory()
+    stem = f"{which.name}-{prepared.sha256(os.fspath(dataset.resolve()))[:16]}"
+    entries = {split: folder / f"{stem}-{fingerprint[:16]}-{split}.npy" for split in splits}
     found: dict[str, Examples] = {}
     try:
         found = _read_entries(entries)
         if len(found) < len(entries):
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / f"{stem}.lock"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f"{stem}.lock"):
                 found = _read_entries(entries)  # another process may have written them meanwhile
                 missing = [split for split in splits if split not in found]
                 if missing:
                     found |= _decode(builder, missing)
-                    for old in set(cache.glob(f"{stem}-*")) - set(
-                        cache.glob(f"{stem}-{fingerprint[:16]}-*")
+                    for old in set(folder.glob(f"{stem}-*")) - set(
+                        folder.glob(f"{stem}-{fingerprint[:16]}-*")
                     ):
                         old.unlink()
                     for split in missing:
-                        _write_cache(entries[split], found[split])
+                        cache.write(entries[split], found[split])
     except OSError as error:
         _log.warning("going on without a cache of decoded images: %s", error)
     if missing := [split for split in splits if split not in found]:
@@ -155,68 +195,77 @@ def _load(dataset: Path, splits: Collection[str]) -> dict[str, Examples]:
     return {split: found[split] for split in splits}
 
 
-class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
-    """TFDS's CIFAR-10 (name, version, features, ids) made from the archive without TensorFlow."""
+def _builder(which: Cifar, data_dir: Path) -> Any:
+    """TFDS's own builder (name, version, features, ids), made to do without TensorFlow."""
 
-    MANUAL_DOWNLOAD_INSTRUCTIONS = f"Put {ARCHIVE_URL} there."
+    class Builder(which.builder, skip_registration=True):
+        name = which.name
+        MANUAL_DOWNLOAD_INSTRUCTIONS = f"Put {which.url} there."
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        archive = Path(dl_manager.manual_dir) / Path(ARCHIVE_URL).name
-        features: Any = self.info.features
-        features["label"].names = _read_member(archive, "batches.meta.txt").decode().split()
-        return {split: _read_split(archive, split) for split in _SPLITS}
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            archive = Path(dl_manager.manual_dir) / Path(which.url).name
+            features: Any = self.info.features
+            for label, file in which.names.items():
+                features[label].names = _read_member(which, archive, file).decode().split()
+            return {split: _read_split(which, archive, split) for split in which.splits}
+
+    made: Any = Builder
+    return made(data_dir=data_dir)
 
 
-def _read_split(archive: Path, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    data = b"".join(_read_member(archive, batch) for batch in _SPLITS[split])
-    # A record is the label, then the image, one channel after the other.
-    for index, record in enumerate(np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)):
-        image = np.ascontiguousarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
+def _read_split(which: Cifar, archive: Path, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    data = b"".join(_read_member(which, archive, file) for file in which.splits[split])
+    labels = list(which.names)
+    # A record is its labels, then the image, one channel after the other.
+    records = np.frombuffer(data, np.uint8).reshape(-1, len(labels) + 3 * 32 * 32)
+    for index, record in enumerate(records):
+        pixels = record[len(labels) :].reshape(3, 32, 32).transpose(1, 2, 0)
         # A PIL image, because TFDS encodes an array with TensorFlow.
-        example = {"image": Image.fromarray(image), "label": int(record[0])}
+        example = {"image": Image.fromarray(np.ascontiguousarray(pixels))}
+        example |= {label: int(record[i]) for i, label in enumerate(labels)}
         yield index, {"id": f"{split}_{index:05d}", **example}
 
 
-def _read_member(archive: Path, name: str) -> bytes:
+def _read_member(which: Cifar, archive: Path, name: str) -> bytes:
     """Reads one file of the archive by its exact name; nothing is unpacked onto the disk."""
     with tarfile.open(archive) as tar:
-        file = tar.extractfile(f"cifar-10-batches-bin/{name}")
+        file = tar.extractfile(f"{which.folder}/{name}")
         if file is None:
             raise ValueError(f"{name} is not a file in {archive}")
         return file.read()
 
 
-def _archive(root: Path) -> Path:
+def _archive(which: Cifar, root: Path) -> Path:
     """`manual` is where TFDS, too, looks for what was downloaded by hand."""
-    return root / "downloads" / "manual" / Path(ARCHIVE_URL).name
+    return root / "downloads" / "manual" / Path(which.url).name
 
 
-def _prepare(root: Path, dataset: Path, damage: _DamagedError | None = None) -> None:
+def _prepare(which: Cifar, root: Path, dataset: Path, damage: _DamagedError | None = None) -> None:
     """Makes `dataset`, all or nothing, and once however many processes ask for it.
 
     Args:
       damage: what is wrong with the one that is there, which is then moved aside.
     """
-    archive = _archive(root)
+    archive = _archive(which, root)
     # A fixed name: the next attempt clears away what a killed one has left.
-    incomplete = root / "downloads" / "cifar10.incomplete"
+    incomplete = root / "downloads" / f"{which.name}.incomplete"
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "downloads" / "cifar10.lock"):
-            if dataset.exists() and (damage is None or _is_whole(dataset)):
+        with FileLock(root / "downloads" / f"{which.name}.lock"):
+            if dataset.exists() and (damage is None or _is_whole(which, dataset)):
                 return
-            _fetch(archive)
+            _fetch(which, archive)
             shutil.rmtree(incomplete, ignore_errors=True)
-            builder = Cifar10(data_dir=incomplete)
+            builder = _builder(which, incomplete)
             config = tfds.download.DownloadConfig(manual_dir=archive.parent)
             # TFDS prints to stdout that it does not know the size, and a path soon gone.
             with contextlib.redirect_stdout(io.StringIO()):
                 builder.download_and_prepare(download_config=config, file_format="array_record")
             made = Path(builder.data_dir)
-            _decode(_open(made)[0])  # Published only once every record has been read back.
+            _decode(_open(which, made)[0])  # Published only once every record has been read back.
             dataset.parent.mkdir(exist_ok=True)
             if dataset.exists():
-                aside = root / "downloads" / f"cifar10.damaged.{time.time_ns()}"
+                aside = root / "downloads" / f"{which.name}.damaged.{time.time_ns()}"
                 dataset.rename(aside)
                 _log.warning("%s; prepared again, the damaged one is %s", damage, aside)
             made.rename(dataset)
@@ -225,65 +274,68 @@ def _prepare(root: Path, dataset: Path, damage: _DamagedError | None = None) -> 
         raise
     except Exception as error:  # TFDS and array_record do not say what they raise.
         raise DatasetError(
-            f"cannot prepare CIFAR-10 in {root} ({_reason(error)}): mend that, or give another data"
-            " directory"
+            f"cannot prepare {which.title} in {root} ({prepared.reason(error)}): mend that, or give"
+            " another data directory"
         ) from error
 
 
-def _fetch(archive: Path) -> None:
+def _fetch(which: Cifar, archive: Path) -> None:
     """Checks `archive`, or downloads it: under its name only once it has the right digest."""
     partial = archive.with_name(archive.name + ".partial")
     try:
         if archive.exists():
-            _check_archive(archive)
+            _check_archive(which, archive)
             return
         with (
-            urllib.request.urlopen(ARCHIVE_URL, timeout=_TIMEOUT_SECONDS) as response,
+            urllib.request.urlopen(which.url, timeout=_TIMEOUT_SECONDS) as response,
             partial.open("wb") as file,
-            tqdm(total=ARCHIVE_BYTES, unit="B", unit_scale=True, desc=archive.name) as progress,
+            tqdm(total=which.num_bytes, unit="B", unit_scale=True, desc=archive.name) as progress,
         ):
             # One that is too long will be refused: it need not fill the disk first.
-            while file.tell() <= ARCHIVE_BYTES and (piece := response.read(1 << 20)):
+            while file.tell() <= which.num_bytes and (piece := response.read(1 << 20)):
                 file.write(piece)
                 progress.update(len(piece))
-        _check_archive(partial)
+        _check_archive(which, partial)
         partial.replace(archive)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise DatasetError(
-            f"no CIFAR-10 archive ({_reason(error)}): fetch {ARCHIVE_URL} and put it at {archive}"
+            f"no {which.title} archive ({prepared.reason(error)}): fetch {which.url} and put it at "
+            f"{archive}"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(which: Cifar, path: Path) -> None:
     with path.open("rb") as file:
         size, sha256 = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-    if (size, sha256) != (ARCHIVE_BYTES, ARCHIVE_SHA256):
+    if (size, sha256) != (which.num_bytes, which.sha256):
         raise ValueError(
-            f"{path} must have {ARCHIVE_BYTES} bytes and sha256 {ARCHIVE_SHA256}, got {size} bytes"
+            f"{path} must have {which.num_bytes} bytes and sha256 {which.sha256}, got {size} bytes"
             f" and sha256 {sha256}"
         )
 
 
-def _open(dataset: Path) -> tuple[tfds.core.DatasetBuilder, str]:
+def _open(which: Cifar, dataset: Path) -> tuple[tfds.core.DatasetBuilder, str]:
     """Opens a prepared dataset; the string changes when the dataset does."""
     try:
         builder = tfds.builder_from_directory(dataset, file_format=_format(dataset))
-        shards = [Path(path) for split in _SPLITS for path in builder.info.splits[split].filepaths]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
+        shards = [
+            Path(path) for split in which.splits for path in builder.info.splits[split].filepaths
+        ]
+        stats = prepared.stamp(shards)
         info = (dataset / "dataset_info.json").read_text(encoding="utf-8")
     except Exception as error:  # TFDS does not say what it raises on damaged files.
         # One in another format is none of ours to replace.
         kind = DatasetError if _is_of_another_format(dataset) else _DamagedError
         raise kind(
             f"cannot read {dataset} as array_record or tfrecord, which need no TensorFlow"
-            f" ({_reason(error)}): delete it to have it prepared anew, or give another data"
+            f" ({prepared.reason(error)}): delete it to have it prepared anew, or give another data"
             " directory"
         ) from error
-    if builder.info.name != NAME:
-        raise DatasetError(f"{dataset} must hold {NAME}, got {builder.info.name}")
-    return builder, _sha256(repr((_CACHE_FORMAT, info, stats)))
+    if builder.info.name != which.name:
+        raise DatasetError(f"{dataset} must hold {which.name}, got {builder.info.name}")
+    return builder, prepared.sha256(repr((_CACHE_FORMAT, info, stats)))
 
 
 def _format(dataset: Path) -> str | None:
@@ -300,16 +352,16 @@ def _is_of_another_format(dataset: Path) -> bool:
         return False
 
 
-def _is_whole(dataset: Path) -> bool:
+def _is_whole(which: Cifar, dataset: Path) -> bool:
     try:
-        _decode(_open(dataset)[0])
+        _decode(_open(which, dataset)[0])
     except _DamagedError:
         return False
     return True
 
 
 def _decode(
-    builder: tfds.core.DatasetBuilder, splits: Collection[str] = tuple(_SPLITS)
+    builder: tfds.core.DatasetBuilder, splits: Collection[str] = ("train", "test")
 ) -> dict[str, Examples]:
     """Reads and decodes all records, about 10,000 a second."""
     return {split: _decode_split(builder, split) for split in splits}
@@ -335,8 +387,8 @@ def _decode_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
                 ids.append(example["id"])
         except Exception as error:  # Neither array_record nor PIL nor TFDS says what it raises.
             raise _DamagedError(
-                f"{path} is damaged ({_reason(error)}): delete {builder.data_dir} to have it"
-                " prepared anew"
+                f"{path} is damaged ({prepared.reason(error)}): delete {builder.data_dir} to have"
+                " it prepared anew"
             ) from error
     order = np.argsort(np.array(ids))
     return Examples(image[order], label[order])
@@ -352,50 +404,5 @@ def _read_records(shard: Path) -> Sequence[bytes]:
 
 def _read_entries(entries: dict[str, Path]) -> dict[str, Examples]:
     """The splits that the cache has."""
-    read = {split: _read_cache(entry) for split, entry in entries.items()}
-    return {split: examples for split, examples in read.items() if examples is not None}
-
-
-def _read_cache(entry: Path) -> Examples | None:
-    """Returns what `_write_cache` stored; None, and no file, if it is not the same to the bit."""
-    try:
-        with entry.open("rb") as file:
-            digest = file.read(32)
-            if digest == hashlib.file_digest(file, "sha256").digest():
-                file.seek(32)
-                return Examples(
-                    *(np.lib.format.read_array(file, allow_pickle=False) for _ in range(2))
-                )
-    except FileNotFoundError:
-        return None
-    _log.warning("%s is damaged: removed, to be decoded again", entry)
-    entry.unlink(missing_ok=True)
-    return None
-
-
-def _write_cache(entry: Path, examples: Examples) -> None:
-    """Stores the two arrays behind the sha256 of their bytes; the caller holds the lock."""
-    partial = entry.with_suffix(".partial")
-    try:
-        with partial.open("w+b") as file:
-            file.write(bytes(32))
-            for array in examples:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-            file.seek(32)
-            digest = hashlib.file_digest(file, "sha256").digest()
-            file.seek(0)
-            file.write(digest)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(entry)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    """One line: what TFDS and array_record raise may have several."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    read = {split: cache.read(entry) for split, entry in entries.items()}
+    return {split: Examples(*arrays) for split, arrays in read.items() if arrays is not None}
