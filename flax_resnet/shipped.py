@@ -21,6 +21,7 @@ COMMANDS = {
     "identify": "identify",
     "export": "export",
     "describe": "describe",
+    "check-data": "check_data",
     "plot": "plot",
     "reproduce": "reproduce",
     "benchmark": "benchmark",

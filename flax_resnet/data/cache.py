@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +51,14 @@ def write(entry: Path, arrays: Sequence[np.ndarray]) -> None:
         partial.replace(entry)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def stamp(files: Iterable[str | os.PathLike[str]]) -> list[tuple[str, int, int]]:
+    """The name, size and time of each file: another one if what they hold has changed."""
+    stats = [(os.path.basename(path), os.stat(path)) for path in files]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def sha256(text: str) -> str:
+    """Of a text in which there may be names of files that are no UTF-8."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -170,7 +170,7 @@ def _load(which: Cifar, dataset: Path, splits: Collection[str]) -> dict[str, Exa
     """Reads what is prepared, or the decoded copy of it in the cache: a file for each split."""
     builder, fingerprint = _open(which, dataset)
     folder = places.cache_directory()
-    stem = f"{which.name}-{prepared.sha256(os.fspath(dataset.resolve()))[:16]}"
+    stem = f"{which.name}-{cache.sha256(os.fspath(dataset.resolve()))[:16]}"
     entries = {split: folder / f"{stem}-{fingerprint[:16]}-{split}.npy" for split in splits}
     found: dict[str, Examples] = {}
     try:
@@ -323,7 +323,7 @@ def _open(which: Cifar, dataset: Path) -> tuple[tfds.core.DatasetBuilder, str]:
         shards = [
             Path(path) for split in which.splits for path in builder.info.splits[split].filepaths
         ]
-        stats = prepared.stamp(shards)
+        stats = cache.stamp(shards)
         info = (dataset / "dataset_info.json").read_text(encoding="utf-8")
     except Exception as error:  # TFDS does not say what it raises on damaged files.
         # One in another format is none of ours to replace.
@@ -335,7 +335,7 @@ def _open(which: Cifar, dataset: Path) -> tuple[tfds.core.DatasetBuilder, str]:
         ) from error
     if builder.info.name != which.name:
         raise DatasetError(f"{dataset} must hold {which.name}, got {builder.info.name}")
-    return builder, prepared.sha256(repr((_CACHE_FORMAT, info, stats)))
+    return builder, cache.sha256(repr((_CACHE_FORMAT, info, stats)))
 
 
 def _format(dataset: Path) -> str | None:

@@ -52,7 +52,11 @@ class Encoded(Images):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The file of an image. Raises OSError, or a DatasetError, if it cannot be read."""
+        """The file of an image. Raises OSError or BadImageError if it cannot be read."""
+
+    @abstractmethod
+    def stamp(self) -> object:
+        """What `repr` shows to be another whenever the names, sizes or times of its files are."""
 
     def image(self, index: int) -> Image.Image:
         return images.decode(self.read(index))

@@ -8,17 +8,20 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 
 from flax_resnet import places
 from flax_resnet.config import DataConfig
 from flax_resnet.data.encoded import Encoded, spelled
+from flax_resnet.data.images import BadImageError
 from flax_resnet.errors import DatasetError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # in whatever case
 TRAIN, VALIDATION, TEST = ("train",), ("val", "validation", "valid"), ("test",)
 NAMES = (*TRAIN, *VALIDATION, *TEST)  # of a split's folder
+MOST_ASKED = 50_000  # files of a split that are asked for their size and time
 SHOWN = 5  # classes of a kind that a message names
 
 log = logging.getLogger(__name__)
@@ -40,11 +43,32 @@ class Folder(Encoded):
         return os.path.join(self.root, self.classes[self.label[index]], self.files[index])
 
     def read(self, index: int) -> bytes:
-        with open(self.path(index), "rb") as file:
+        # A pipe would not answer before somebody writes there, nor /dev/zero ever end.
+        with open(self.path(index), "rb", opener=open_at_once) as file:
+            if not S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadImageError("no regular file")
             return file.read()
 
     def name(self, index: int) -> str:
         return spelled(self.path(index))
+
+    def stamp(self) -> object:
+        """Of very many images not each is asked for its size and time, but each folder for its."""
+        paths = [self.path(index) for index in range(len(self))]
+        asked = paths if len(paths) <= MOST_ASKED else sorted(set(map(os.path.dirname, paths)))
+        return paths, [(x.st_size, x.st_mtime_ns) for x in map(stat, asked)]
+
+
+def open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def stat(path: str) -> os.stat_result:
+    """Zeros for what is not there."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return os.stat_result([0] * 10)
 
 
 def load(config: DataConfig) -> dict[str, Folder]:

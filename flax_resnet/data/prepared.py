@@ -1,8 +1,6 @@
-"""What holds for every set that tensorflow-datasets has prepared: where it is, what it is."""
+"""What holds for every set that tensorflow-datasets has prepared."""
 
-import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from flax_resnet import places
@@ -19,17 +17,6 @@ def directory(data_dir: str | None) -> Path:
     if given.exists() and not given.is_dir():
         raise DatasetError(f"the data directory must be a directory, got the file {given}")
     return given
-
-
-def stamp(files: Iterable[str | os.PathLike[str]]) -> list[tuple[str, int, int]]:
-    """The name, size and time of each file: another one if what they hold has changed."""
-    stats = [(os.path.basename(path), os.stat(path)) for path in files]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def sha256(text: str) -> str:
-    """Of a text in which there may be names of files that are no UTF-8."""
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from flax_resnet import places
 from flax_resnet.data import cache, prepared
 from flax_resnet.data.encoded import Encoded
+from flax_resnet.data.images import BadImageError
 from flax_resnet.data_config import DataConfig
 from flax_resnet.errors import DatasetError
 
@@ -79,14 +80,15 @@ class Records(Encoded):
         try:
             return undecoded(self.features, self.source[self.order[index]])[self.key]
         except Exception as error:  # Neither array_record nor TFDS says what it raises.
-            raise DatasetError(
-                f"{self.name(index)} is damaged ({prepared.reason(error)})"
-            ) from error
+            raise BadImageError(f"damaged record: {prepared.reason(error)}") from error
 
     def name(self, index: int) -> str:
         record = self.order[index]
         shard = np.searchsorted(self.starts, record, "right") - 1
         return f"{self.files[shard]}, record {record - self.starts[shard]}"
+
+    def stamp(self) -> object:
+        return self.key, cache.stamp(self.files)
 
 
 def load(config: DataConfig, splits: Collection[str] = ("train", "test")) -> dict[str, Records]:
@@ -264,14 +266,14 @@ def _labelled(found: Prepared, split: str) -> Records:
     files, counts = _shards(found, split)
     records = Records(files, counts, found.builder.info.features, found.keys.image)
     try:
-        stamp = prepared.stamp(files)
+        stamp = cache.stamp(files)
     except OSError as error:
         raise DatasetError(
             f"{found.directory} lacks a shard ({prepared.reason(error)}): copy it again"
         ) from error
     folder = places.cache_directory()
-    stem = f"labels-{prepared.sha256(os.fspath(found.directory.resolve()))[:16]}-{split}"
-    made_from = prepared.sha256(repr((_CACHE_FORMAT, found.keys, counts, stamp)))
+    stem = f"labels-{cache.sha256(os.fspath(found.directory.resolve()))[:16]}-{split}"
+    made_from = cache.sha256(repr((_CACHE_FORMAT, found.keys, counts, stamp)))
     entry = folder / f"{stem}-{made_from[:16]}.npy"
     scanned = None
     try:

@@ -4,7 +4,7 @@ A split is resident, two arrays that go to the devices whole, or streamed, image
 as they are needed. What a network sees is the same.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,8 +12,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from flax_resnet.config import Crop, DataConfig, Dataset, Placement, Preprocess, ResNetConfig
-from flax_resnet.data import cifar, digits, folder, records, views
-from flax_resnet.data.encoded import Arrays, Images, Part
+from flax_resnet.data import check, cifar, digits, folder, records, views
+from flax_resnet.data.encoded import Arrays, Encoded, Images, Part
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization, make_normalization
 from flax_resnet.errors import ConfigError
@@ -65,9 +65,14 @@ def load_arrays(config: DataConfig, splits: Collection[str]) -> dict[str, Split]
 
 
 def load_images(config: DataConfig, splits: Collection[str]) -> dict[str, Split]:
-    is_folder = config.name is Dataset.FOLDER
-    found: dict[str, Images] = {**(folder if is_folder else records).load(config)}
-    if "train" in found and (config.validation or "test" not in found):
+    encoded = load_files(config, {*splits, "test"} | ({"train"} if config.validation else set()))
+    if "test" not in encoded:
+        encoded = load_files(config)
+    is_cut = "train" in encoded and (config.validation > 0 or "test" not in encoded)
+    needed = {*splits, "train"} if is_cut else splits
+    found: dict[str, Images] = {**encoded}
+    found |= check.check(config, {name: x for name, x in encoded.items() if name in needed})
+    if is_cut:
         held_out = "validation" if "test" in found else "test"
         if held_out in found:
             raise ConfigError(
@@ -88,6 +93,13 @@ def load_images(config: DataConfig, splits: Collection[str]) -> dict[str, Split]
         else:  # to be evaluated alone
             found = {"test": found["train"]}
     return {split: found[split] for split in splits if split in found}
+
+
+def load_files(config: DataConfig, splits: Collection[str] = SPLITS) -> Mapping[str, Encoded]:
+    """A folder's or TFDS's own splits, whose images nobody has looked at."""
+    if config.name is Dataset.FOLDER:
+        return folder.load(config)
+    return records.load(config, splits)
 
 
 def left(config: DataConfig, size: int) -> int:

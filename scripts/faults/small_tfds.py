@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,23 @@ class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield i, example
 
 
-def write(root: Path, *, test_has_labels: bool = True) -> Files:
-    """Prepares it in `root`; returns what is in it."""
+def write(
+    root: Path, *, test_has_labels: bool = True, labels: Mapping[int, int] | None = None
+) -> Files:
+    """Prepares it in `root`; returns what is in it.
+
+    Args:
+        labels: other ones of some training images.
+    """
     rng = np.random.default_rng(0)
     files: Files = {}
     for split, size in SIZES.items():
-        labels = [int(i % len(NAMES)) for i in range(size)]
+        own = [i % len(NAMES) for i in range(size)]
         if split == "test" and not test_has_labels:
-            labels = [-1] * size
-        files[split] = [(photo(rng), label) for label in labels]
+            own = [-1] * size
+        files[split] = [(photo(rng), label) for label in own]
+    for i, label in (labels or {}).items():
+        files["train"][i] = files["train"][i][0], label
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it is
         Small(files, data_dir=root).download_and_prepare(file_format="array_record")
     return files
