@@ -22,6 +22,7 @@ from flax_resnet.shipped import COMMANDS
 ROOT = Path(__file__).parent.parent
 WITH_SETTINGS = [
     "benchmark.py",
+    "check_data.py",
     "convert.py",
     "describe.py",
     "evaluate.py",

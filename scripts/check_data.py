@@ -19,7 +19,7 @@ cli.define_overrides(
 
 
 def main() -> None:
-    experiment = Experiment(data=DataConfig(name=Dataset.FOLDER, dir="."))
+    experiment = Experiment(data=DataConfig(name=Dataset.FOLDER))
     config = cli.override(experiment).data
     if config.name not in (Dataset.FOLDER, Dataset.TFDS):
         raise ConfigError(

@@ -24,7 +24,7 @@ from flax_resnet.errors import DatasetError
 
 # All images of a split are looked at if they are at most so many, in files of so many bytes: at
 # 20 MB a second and core that takes 7 seconds on two cores.
-MOST_IMAGES = 50_000
+MOST_IMAGES = 20_000
 MOST_BYTES = 2**28
 SAMPLE = 1000  # evenly spaced images of a larger split, or fewer if they have more bytes
 WEIGHED = 32  # evenly spaced images, whose sizes tell how large the others are

@@ -21,7 +21,7 @@ from flax_resnet.errors import DatasetError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # in whatever case
 TRAIN, VALIDATION, TEST = ("train",), ("val", "validation", "valid"), ("test",)
 NAMES = (*TRAIN, *VALIDATION, *TEST)  # of a split's folder
-MOST_ASKED = 50_000  # files of a split that are asked for their size and time
+MOST_ASKED = 20_000  # files of a split that are asked for their size and time
 SHOWN = 5  # classes of a kind that a message names
 
 log = logging.getLogger(__name__)
