@@ -24,6 +24,7 @@ FLOORS = (
     {"studies"},
     {"config_file", "help", "setting_flags"},
     {"cli"},
+    {"subject"},
     {"__main__"},
 )
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}

@@ -1,0 +1,183 @@
+"""The network that a command is given as --checkpoint, ready to be shown images.
+
+It comes from a run, a PyTorch file or folder, or the Hub. What such a thing says of the images it
+wants (how they are cut, how pixels become numbers, what its classes are called) comes with it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from flax_resnet import cli
+from flax_resnet.config import DataConfig, Experiment, Preprocess
+from flax_resnet.data import source
+from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization
+from flax_resnet.errors import ConfigError
+from flax_resnet.nn.scan import Tree, stack
+from flax_resnet.resnet import param_dtype
+from flax_resnet.step import TrainState
+from flax_resnet.training.identified import settle
+from flax_resnet.training.workdir import is_run, open_run, read_config, read_data_facts
+from flax_resnet.weights import account, files
+from flax_resnet.weights.state_dict import Imported, from_state_dict
+
+Check = Callable[[Experiment], None]
+
+flags.disclaim_key_flags()  # those of `define_flags` belong to the script that asks for them
+
+
+class Subject(NamedTuple):
+    """What is to be shown images."""
+
+    config: Experiment
+    params: Tree
+    batch_stats: Tree
+    normalization: Normalization
+    title: str
+    classes: tuple[str, ...] | None  # their names, where they are known
+
+
+class Flags(NamedTuple):
+    """How --checkpoint is to be read."""
+
+    entry: flags.FlagHolder
+    rename: flags.FlagHolder
+    ignore: flags.FlagHolder
+    preprocess: flags.FlagHolder
+
+
+def define_flags() -> Flags:
+    """Those of a script that takes --checkpoint."""
+    of = "of weights from PyTorch"
+    return Flags(
+        flags.DEFINE_string(
+            "entry", None, f"{of}, with several state dicts: its name, such as state_dict_ema"
+        ),
+        flags.DEFINE_multi_string(
+            "rename", [], f"{of} with other keys: 'OLD=NEW', a regular expression; repeatable"
+        ),
+        flags.DEFINE_multi_string(
+            "ignore", [], f"{of} with keys too many: a regular expression; repeatable"
+        ),
+        flags.DEFINE_enum_class("preprocess", None, Preprocess, "how pixels become numbers"),
+    )
+
+
+def read(path: Path, told: Flags, check: Check, images: DataConfig | None) -> Subject:
+    """The network at a local path, with the settings of the command line.
+
+    Args:
+        check: raises a UserError for a network, or images, that the command cannot use.
+        images: the data set whose training images may tell what a PyTorch file does not; None:
+            none are looked at.
+
+    Raises:
+        UserError: it cannot be read, or a flag or setting does not fit it or would change nothing.
+    """
+    if is_run(path):
+        return _read_run(path, told, check)
+    return _read_torch(path, told, check, images)
+
+
+def _read_run(path: Path, told: Flags, check: Check) -> Subject:
+    for flag in told[:3]:
+        if flag.present:
+            raise ConfigError(f"--{flag.name} would change nothing: {path} is no PyTorch file")
+    run = open_run(path)
+    config = _with_preprocess(cli.override(read_config(run.directory)), told)
+    if config.model.architecture != run.config.model.architecture:
+        raise ConfigError(
+            f"{run.directory} says itself what its network is; --config.model takes dtype, "
+            "scan_blocks and remat of a run, nothing else"
+        )
+    kept = read_data_facts(run.directory)
+    check(config)
+    # Also where a run kept nothing, such as a converted one: of the data that the flags name.
+    is_kept = kept is not None and config.data.preprocess is run.config.data.preprocess
+    _check_flags(config, told, uses_training_images=not is_kept)
+    constants = kept.normalization if kept and is_kept else source.normalization(config.data)
+    title = f"{run.directory}, step {run.step}"
+    return Subject(config, *_arrays(config, run.state), constants, title, None)
+
+
+def _read_torch(path: Path, told: Flags, check: Check, images: DataConfig | None) -> Subject:
+    contents = files.read(path, told.entry.value)
+    given, header = cli.overrides(), contents.header
+    epsilon = given.get("model.batch_norm_epsilon")
+    read = functools.partial(
+        from_state_dict,
+        contents.state_dict,
+        batch_norm_epsilon=epsilon,
+        depth=given.get("model.depth"),
+        header=header,
+        rename=told.rename.value,
+        ignore=told.ignore.value,
+    )
+    known = {name: given.get(f"model.{name}") for name in ("shortcut", "channel_pad", "stride")}
+    known |= {"epsilon": epsilon, "preprocess": told.preprocess.value}
+    known["preprocess"] = known["preprocess"] or given.get("data.preprocess")
+    if preprocess := known["preprocess"] or contents.preprocess:
+        _check_validation(preprocess, header is None or header.normalization is None)
+    imported, found, lines = settle(read, known, contents.preprocess, images)
+    for line in [*account.unwrapping(imported, contents.told), *lines]:
+        print(line)
+    for assumption in imported.assumed.values():
+        print(f"assumed: {assumption}")
+    preprocess = contents.preprocess or found or contents.likely_preprocess(imported)
+    usual = DataConfig(preprocess=preprocess)
+    model = dataclasses.replace(imported.config)
+    config = _with_preprocess(cli.override(Experiment(model=model, data=usual)), told)
+    if config.model.architecture != imported.config.architecture:
+        raise ConfigError(
+            f"{path} tells itself what its network is; --config.model takes the shortcut, "
+            "channel_pad, stride, batch_norm_epsilon, depth, dtype, scan_blocks and remat of a "
+            "PyTorch file, nothing else"
+        )
+    check(config)
+    if contents.preprocess and config.data.preprocess is not preprocess:
+        raise ConfigError(
+            f"data.preprocess must be {preprocess.value}, as the header of {path} says, got "
+            f"{config.data.preprocess.value}"
+        )
+    constants = header and header.normalization
+    _check_flags(config, told, uses_training_images=constants is None)
+    constants = constants or source.normalization(config.data)
+    title = f"{path}, layout {imported.layout.value}"
+    return Subject(config, *_arrays(config, imported), constants, title, None)
+
+
+def _arrays(config: Experiment, weights: TrainState | Imported) -> tuple[Tree, Tree]:
+    """Parameters and statistics as the network of `config` has them."""
+    trees = weights.params, weights.batch_stats
+    trees = jax.tree.map(lambda x: jnp.array(x, param_dtype(config.model)), trees)
+    return stack(trees) if config.model.scan_blocks else trees
+
+
+def _check_flags(config: Experiment, told: Flags, uses_training_images: bool) -> None:
+    """Raises ConfigError for a setting given on the command line that would change nothing."""
+    cli.check_effects([config])
+    _check_validation(config.data.preprocess, uses_training_images)
+    if "data.preprocess" in cli.overrides() and told.preprocess.value is not None:
+        raise ConfigError(
+            "--config.data.preprocess would change nothing: --preprocess is given, too"
+        )
+
+
+def _check_validation(preprocess: Preprocess, uses_training_images: bool) -> None:
+    is_used = uses_training_images and preprocess in FROM_TRAINING_IMAGES
+    if "data.validation" in cli.overrides() and not is_used:
+        raise ConfigError(
+            "--config.data.validation would change nothing: no training image is needed here"
+        )
+
+
+def _with_preprocess(config: Experiment, told: Flags) -> Experiment:
+    if told.preprocess.value:
+        config.data.preprocess = told.preprocess.value
+    return config
