@@ -28,6 +28,7 @@ from flax_resnet.weights import account, files
 from flax_resnet.weights.state_dict import Imported, from_state_dict
 
 Check = Callable[[Experiment], None]
+Prepare = Callable[[Experiment], Experiment]
 
 flags.disclaim_key_flags()  # those of `define_flags` belong to the script that asks for them
 
@@ -40,7 +41,7 @@ class Subject(NamedTuple):
     batch_stats: Tree
     normalization: Normalization
     title: str
-    classes: tuple[str, ...] | None  # their names, where they are known
+    classes: tuple[str, ...] | None  # their names, where it says them itself
 
 
 class Flags(NamedTuple):
@@ -69,11 +70,18 @@ def define_flags() -> Flags:
     )
 
 
-def read(path: Path, told: Flags, check: Check, images: DataConfig | None) -> Subject:
+def read(
+    path: Path,
+    told: Flags,
+    check: Check,
+    images: DataConfig | None,
+    prepare: Prepare = lambda config: config,
+) -> Subject:
     """The network at a local path, with the settings of the command line.
 
     Args:
         check: raises a UserError for a network, or images, that the command cannot use.
+        prepare: makes the defaults of the command out of what the path says.
         images: the data set whose training images may tell what a PyTorch file does not; None:
             none are looked at.
 
@@ -81,16 +89,16 @@ def read(path: Path, told: Flags, check: Check, images: DataConfig | None) -> Su
         UserError: it cannot be read, or a flag or setting does not fit it or would change nothing.
     """
     if is_run(path):
-        return _read_run(path, told, check)
-    return _read_torch(path, told, check, images)
+        return _read_run(path, told, check, prepare)
+    return _read_torch(path, told, check, images, prepare)
 
 
-def _read_run(path: Path, told: Flags, check: Check) -> Subject:
+def _read_run(path: Path, told: Flags, check: Check, prepare: Prepare) -> Subject:
     for flag in told[:3]:
         if flag.present:
             raise ConfigError(f"--{flag.name} would change nothing: {path} is no PyTorch file")
     run = open_run(path)
-    config = _with_preprocess(cli.override(read_config(run.directory)), told)
+    config = _with_preprocess(cli.override(prepare(read_config(run.directory))), told)
     if config.model.architecture != run.config.model.architecture:
         raise ConfigError(
             f"{run.directory} says itself what its network is; --config.model takes dtype, "
@@ -103,10 +111,16 @@ def _read_run(path: Path, told: Flags, check: Check) -> Subject:
     _check_flags(config, told, uses_training_images=not is_kept)
     constants = kept.normalization if kept and is_kept else source.normalization(config.data)
     title = f"{run.directory}, step {run.step}"
-    return Subject(config, *_arrays(config, run.state), constants, title, None)
+    data = run.config.data
+    classes = kept and kept.classes
+    if classes is None and source.is_small(data):
+        classes = source.class_names(data)
+    return Subject(config, *_arrays(config, run.state), constants, title, classes)
 
 
-def _read_torch(path: Path, told: Flags, check: Check, images: DataConfig | None) -> Subject:
+def _read_torch(
+    path: Path, told: Flags, check: Check, images: DataConfig | None, prepare: Prepare
+) -> Subject:
     contents = files.read(path, told.entry.value)
     given, header = cli.overrides(), contents.header
     epsilon = given.get("model.batch_norm_epsilon")
@@ -123,16 +137,20 @@ def _read_torch(path: Path, told: Flags, check: Check, images: DataConfig | None
     known |= {"epsilon": epsilon, "preprocess": told.preprocess.value}
     known["preprocess"] = known["preprocess"] or given.get("data.preprocess")
     if preprocess := known["preprocess"] or contents.preprocess:
-        _check_validation(preprocess, header is None or header.normalization is None)
-    imported, found, lines = settle(read, known, contents.preprocess, images)
+        _check_validation(preprocess, contents.normalization is None)
+    # Our own header is believed against the user; of a preprocessor_config.json he may differ.
+    certain = None if contents.images and known["preprocess"] else contents.preprocess
+    imported, found, lines = settle(read, known, certain, images)
     for line in [*account.unwrapping(imported, contents.told), *lines]:
         print(line)
     for assumption in imported.assumed.values():
         print(f"assumed: {assumption}")
     preprocess = contents.preprocess or found or contents.likely_preprocess(imported)
-    usual = DataConfig(preprocess=preprocess)
     model = dataclasses.replace(imported.config)
-    config = _with_preprocess(cli.override(Experiment(model=model, data=usual)), told)
+    usual = Experiment(
+        model=model, data=DataConfig(**{**contents.images, "preprocess": preprocess})
+    )
+    config = _with_preprocess(cli.override(prepare(usual)), told)
     if config.model.architecture != imported.config.architecture:
         raise ConfigError(
             f"{path} tells itself what its network is; --config.model takes the shortcut, "
@@ -140,16 +158,16 @@ def _read_torch(path: Path, told: Flags, check: Check, images: DataConfig | None
             "PyTorch file, nothing else"
         )
     check(config)
-    if contents.preprocess and config.data.preprocess is not preprocess:
+    if certain and not contents.images and config.data.preprocess is not preprocess:
         raise ConfigError(
             f"data.preprocess must be {preprocess.value}, as the header of {path} says, got "
             f"{config.data.preprocess.value}"
         )
-    constants = header and header.normalization
+    constants = None if contents.images else contents.normalization
     _check_flags(config, told, uses_training_images=constants is None)
     constants = constants or source.normalization(config.data)
     title = f"{path}, layout {imported.layout.value}"
-    return Subject(config, *_arrays(config, imported), constants, title, None)
+    return Subject(config, *_arrays(config, imported), constants, title, contents.classes)
 
 
 def _arrays(config: Experiment, weights: TrainState | Imported) -> tuple[Tree, Tree]:

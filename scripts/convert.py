@@ -16,6 +16,7 @@ projections that tanjeffreyz's files hold but do not use (named in the table).
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,8 @@ def main(src: str, dst: str) -> None:
     if to_flax or target.suffix == ".safetensors":
         tell_preprocess(read)
     if to_flax:
-        write_workdir(target, imported, read.preprocess)
+        images = {**read.images, "preprocess": read.preprocess}
+        write_workdir(target, imported, DataConfig(**images))
     else:
         header = Header(
             imported.config.architecture,
@@ -149,6 +151,7 @@ class Read(NamedTuple):
     preprocess: Preprocess
     normalization: Normalization | None
     assumes_preprocess: bool = False
+    images: Mapping[str, Any] = {}  # settings of `DataConfig`, by name
 
 
 def read_torch(path: Path) -> Read:
@@ -185,8 +188,11 @@ def read_torch(path: Path) -> Read:
         )
     told = told or found
     usual = contents.likely_preprocess(imported)
-    constants = contents.header and contents.header.normalization
-    return Read(imported, named, told or usual, constants, assumes_preprocess=told is None)
+    return Read(
+        *(imported, named, told or usual, contents.normalization),
+        assumes_preprocess=told is None,
+        images=contents.images,
+    )
 
 
 def images_at_hand() -> DataConfig | None:

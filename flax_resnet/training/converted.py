@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_resnet.config import DataConfig, Experiment, Preprocess
+from flax_resnet.config import DataConfig, Experiment
 from flax_resnet.errors import ConfigError
 from flax_resnet.json_files import write_json
 from flax_resnet.optim import make_optimizer
@@ -21,15 +21,15 @@ from flax_resnet.weights.state_dict import Imported
 CONTENTS = ({"config.json", "checkpoints"}, {"config.json", hub.SAFETENSORS})
 
 
-def write_workdir(target: Path, imported: Imported, preprocess: Preprocess) -> None:
+def write_workdir(target: Path, imported: Imported, data: DataConfig) -> None:
     """A work directory with one checkpoint, whole or not at all; what was there is replaced.
 
     The optimizer begins with momentum 0, at the step that the weights have seen.
 
     Args:
-        preprocess: how the network's pixels become numbers, which the weights do not tell.
+        data: what images the network wants, which the weights do not tell.
     """
-    config = Experiment(model=imported.config, data=DataConfig(preprocess=preprocess))
+    config = Experiment(model=imported.config, data=data)
     params, batch_stats = jax.tree.map(jnp.array, (imported.params, imported.batch_stats))
     step = jnp.array(imported.step, jnp.int32)
     optimizer = make_optimizer(config.optim, config.train.steps).init(params)

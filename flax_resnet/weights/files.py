@@ -27,6 +27,7 @@ import safetensors.numpy
 
 from flax_resnet import places
 from flax_resnet.config import ChannelPad, Preprocess, Shortcut, Stride
+from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import WeightsError
 from flax_resnet.json_files import write_json
 from flax_resnet.resnet import ResNet, split
@@ -57,12 +58,24 @@ class Contents(NamedTuple):
     ignored: list[str]  # entries beside the state dict, such as best_prec1
     told: list[str]  # in a few words each, how the state dict was found
     header: Header | None = None  # of our own safetensors files
+    images: Mapping[str, Any] = types.MappingProxyType({})  # settings of `DataConfig`, by name
+    classes: tuple[str, ...] | None = None  # their names
 
     @property
     def preprocess(self) -> Preprocess | None:
         """What the network's images go through; None if the file does not tell for certain."""
+        if "preprocess" in self.images:
+            return self.images["preprocess"]
         is_certain = self.header is not None and not self.header.assumes_preprocess
         return self.header.preprocess if self.header and is_certain else None
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """The constants of `preprocess`; None if the file does not hold them."""
+        if self.images.get("preprocess") is Preprocess.CONSTANTS:
+            mean, std = (np.array(self.images[name]) for name in ("mean", "std"))
+            return Normalization(1 / 255, mean, std)
+        return self.header and self.header.normalization
 
     def likely_preprocess(self, imported: Imported) -> Preprocess:
         """The file's, or what such networks are usually fed."""
@@ -158,7 +171,8 @@ def read(path: Path, entry: str | None = None) -> Contents:
     """The state dict in a file, by itself or inside a dict such as {"state_dict": ...}.
 
     Args:
-        path: the file, or the folder of one of the Hub's models, whose config.json is heeded.
+        path: the file, or the folder of one of the Hub's models, whose config.json and
+            preprocessor_config.json are heeded.
         entry: which one, where there are several; see `wrappings.choose`.
 
     Raises:
@@ -167,12 +181,7 @@ def read(path: Path, entry: str | None = None) -> Contents:
         OSError: it cannot be read.
     """
     if path.is_dir():
-        contents = read(file_in(path), entry)
-        config = path / huggingface.CONFIG
-        told = huggingface.read_config(config) if config.is_file() else None
-        return (
-            contents if told is None else contents._replace(header=contents.header or Header(told))
-        )
+        return with_folder(read(file_in(path), entry), path)
     size = path.stat().st_size
     if size == 0:
         raise WeightsError(f"{path} is empty")
@@ -214,6 +223,22 @@ def read(path: Path, entry: str | None = None) -> Contents:
     return contents
 
 
+def with_folder(contents: Contents, folder: Path) -> Contents:
+    """What is told by the files beside a file of weights, too."""
+    config, preprocessor = folder / huggingface.CONFIG, folder / huggingface.PREPROCESSOR
+    told = huggingface.read_config(config) if config.is_file() else None
+    if told is None:
+        return contents
+    header, classes = contents.header or Header(told), huggingface.read_classes(config)
+    contents = contents._replace(header=header, classes=classes)
+    try:
+        return contents._replace(images=huggingface.read_preprocessor(preprocessor))
+    except FileNotFoundError:
+        return contents
+    except WeightsError as e:
+        return contents._replace(told=[*contents.told, f"passed over {e}"])
+
+
 def file_in(folder: Path) -> Path:
     """The file of weights in a folder. Raises WeightsError if there is none."""
     found = [folder / name for name in OF_FOLDERS if (folder / name).is_file()]
@@ -231,7 +256,14 @@ def read_safetensors(path: Path, entry: str | None) -> Contents:
     with safetensors.safe_open(path, framework="numpy") as file:
         header = from_metadata(file.metadata())
         # Since ml_dtypes is imported, NumPy knows bfloat16.
-        return unwrap(file.get_tensors(), entry=entry)._replace(header=header)
+        contents = unwrap(file.get_tensors(), entry=entry)._replace(header=header)
+    constants = header and header.normalization
+    if header and constants and header.preprocess is Preprocess.CONSTANTS:
+        assert constants.mean is not None
+        mean, std = constants.mean.tolist(), constants.std.tolist()
+        images = {"preprocess": Preprocess.CONSTANTS, "mean": tuple(mean), "std": tuple(std)}
+        return contents._replace(images=images)
+    return contents
 
 
 @contextlib.contextmanager
