@@ -36,7 +36,7 @@ def pair() -> Pair:
 
 @pytest.fixture(scope="module")
 def network(pair: Pair) -> Network:
-    return Network(pair.graphdef, pair.params, pair.batch_stats, CONSTANTS, batch_size=8)
+    return Network(pair.graphdef, pair.params, pair.batch_stats, CONSTANTS, batch_size=8, side=32)
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -121,7 +121,7 @@ def test_only_the_outputs_that_are_named_compete(pair: Pair) -> None:
     """In the order of the labels."""
     outputs, image = [7, 2, 5], noise(1, 32, 32)
     weights = pair.graphdef, pair.params, pair.batch_stats
-    network = Network(*weights, CONSTANTS, outputs=outputs, batch_size=1)
+    network = Network(*weights, CONSTANTS, outputs=outputs, batch_size=1, side=32)
     result = predict(network, np.array([1], np.int32), lambda i: [image])
     expected = softmax(logits(pair, image)[0, outputs])
     order = np.argsort(-expected)
@@ -142,7 +142,9 @@ def test_what_a_look_raises_ends_the_prediction() -> None:
 
 def test_a_mean_image_fits_its_own_size_alone(pair: Pair) -> None:
     constants = pixels.make_normalization(Preprocess.MEAN_IMAGE, noise(5, 32, 32))
-    network = Network(pair.graphdef, pair.params, pair.batch_stats, constants)
+    network = Network(
+        pair.graphdef, pair.params, pair.batch_stats, constants, batch_size=1, side=32
+    )
     with pytest.raises(ConfigError, match="another than mean_image for images of 48 x 32"):
         predict(network, np.zeros(1, np.int32), lambda i: [noise(1, 32, 48)])
 

@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -13,7 +14,7 @@ from flax_resnet.data.examples import Examples
 from flax_resnet.data.images import BadImageError
 from flax_resnet.errors import DatasetError
 
-Pixels = UInt8[np.ndarray, "..."]
+Seen = TypeVar("Seen")
 
 
 class Images(ABC):
@@ -35,7 +36,7 @@ class Images(ABC):
     def name(self, index: int) -> str:
         """Where that image is, for a message."""
 
-    def seen(self, index: int, view: Callable[[Image.Image], Pixels]) -> Pixels:
+    def seen(self, index: int, view: Callable[[Image.Image], Seen]) -> Seen:
         """What `view` makes of an image. Raises DatasetError, with its name, if it cannot."""
         try:
             return view(self.image(index))

@@ -17,6 +17,8 @@ from PIL import Image
 
 from flax_resnet.config import DataConfig
 from flax_resnet.data import pixels, views
+from flax_resnet.data.encoded import Images
+from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError
 from flax_resnet.nn.cpu import compiler_options
@@ -25,7 +27,6 @@ from flax_resnet.parallel import sharding
 from flax_resnet.step import Metrics, measure
 
 MOST_SHOWN = 5  # likeliest classes that are kept of each image
-MOST_PIXELS = 64 * 224 * 224  # of the images that go through a network at once
 
 Pixels = UInt8[np.ndarray, "v h w 3"]  # views of one image, of the same size
 Look = Callable[[int], Sequence[Pixels]]  # the views of an image by its number
@@ -60,7 +61,9 @@ class Network:
     Args:
         graphdef, params, batch_stats: of `resnet.split(model)`, or a Program's and a TrainState's.
         outputs: which of the network's compete, in the order of the labels; None: all.
-        batch_size: of images at once; fewer if they have more than MOST_PIXELS together.
+        batch_size: of images of `side` pixels at once; fewer of larger ones, more of smaller ones.
+        fills_up: the last batch to a whole one, as `Evaluation` does; else, where no whole one came
+            before, to a power of two, which is less to compute of a few images.
         by_batch_statistics: tanjeffreyz's slip, see `make_evaluate_by_batch_statistics`; then no
             batch is filled up.
     """
@@ -73,14 +76,17 @@ class Network:
         constants: Normalization,
         *,
         outputs: Sequence[int] | None = None,
-        batch_size: int = 1000,
+        batch_size: int,
+        side: int,
+        fills_up: bool = True,
         by_batch_statistics: bool = False,
     ):
         devices = jax.local_devices()[: 1 if by_batch_statistics else None]
         self.mesh = Mesh(np.array(devices), (sharding.AXIS,), axis_types=(AxisType.Auto,))
         self.weights = sharding.replicate(self.mesh, (params, batch_stats))
-        self.constants, self.batch_size = constants, batch_size
-        self.fills_up = not by_batch_statistics
+        self.constants, self.pixels = constants, batch_size * side**2
+        self.fills_up, self.by_batch_statistics = fills_up, by_batch_statistics
+        self.seen: set[tuple[int, ...]] = set()  # sizes of which there was a whole batch
         dtype = jax.tree.leaves(params)[0].dtype
         chosen = None if outputs is None else np.asarray(outputs)
 
@@ -98,8 +104,20 @@ class Network:
 
     def rows(self, height: int, width: int) -> int:
         """How many images of a size go through the network at once."""
-        most = max(1, min(self.batch_size, MOST_PIXELS // (height * width)))
+        most = max(1, self.pixels // (height * width))
         return -(-most // self.mesh.size) * self.mesh.size
+
+    def padded(self, shape: tuple[int, ...]) -> int:
+        """To how many images a batch is filled up."""
+        number, rows = shape[0], self.rows(*shape[1:3])
+        if self.by_batch_statistics:
+            return number
+        if number == rows:
+            self.seen.add(shape[1:])
+        if self.fills_up or shape[1:] in self.seen:
+            return rows
+        power = 1 << (number - 1).bit_length()
+        return min(-(-power // self.mesh.size) * self.mesh.size, rows)
 
     def __call__(
         self, image: UInt8[np.ndarray, "b h w 3"], label: Int[np.ndarray, " b"]
@@ -120,7 +138,7 @@ class Network:
                 f"data.preprocess must be another than mean_image for images of {size[1]} x "
                 f"{size[0]} pixels: the mean image has {width} x {height}"
             )
-        missing = self.rows(*size) - len(image) if self.fills_up else 0
+        missing = self.padded(image.shape) - len(image)
         padded = np.pad(image, [(0, missing), (0, 0), (0, 0), (0, 0)])
         labels = np.pad(label, (0, missing), constant_values=-1).astype(np.int32)
         batch = sharding.split_batch(self.mesh, (padded, labels))
@@ -133,7 +151,7 @@ def predict(
     label: Int[np.ndarray, " n"],
     look: Look,
     *,
-    threads: int = 1,
+    threads: int = 0,
     after: Callable[[int], None] = lambda done: None,
 ) -> Predictions:
     """What the network says of all images, averaged over the views of each.
@@ -145,7 +163,7 @@ def predict(
         label: of each image; -1: not known.
         look: gives the views of an image; none, if there is no such image. Called in threads,
             ahead of the network. What it raises ends the prediction.
-        threads: how many.
+        threads: how many; 0: in this one, when the network wants them.
         after: is called with the number of images that have been read.
     """
     waiting: dict[tuple[int, ...], list[tuple[int, Pixels]]] = collections.defaultdict(list)
@@ -202,7 +220,10 @@ def predict(
 
 
 def ahead(look: Look, size: int, threads: int) -> Iterator[Sequence[Pixels]]:
-    """`look(0)`, `look(1)` and so on, a few of them ahead of whoever asks."""
+    """`look(0)`, `look(1)` and so on, by threads a few of them ahead of whoever asks."""
+    if not threads:
+        yield from map(look, range(size))
+        return
     with ThreadPoolExecutor(threads) as pool:
         running: collections.deque[Future[Sequence[Pixels]]] = collections.deque()
         try:
@@ -214,6 +235,16 @@ def ahead(look: Look, size: int, threads: int) -> Iterator[Sequence[Pixels]]:
         finally:
             for future in running:
                 future.cancel()
+
+
+def looks(split: Examples | Images, view: Callable[[Image.Image], list[Pixels]]) -> Look:
+    """The views of each image of a split. Resident images are shown as they are.
+
+    An image that cannot be read raises a DatasetError.
+    """
+    if isinstance(split, Examples):
+        return lambda i: [split.image[i : i + 1]]
+    return lambda i: split.seen(i, view)
 
 
 def as_evaluated(image: Image.Image, config: DataConfig) -> list[Pixels]:
