@@ -17,6 +17,7 @@ WEIGHTS = ROOT / "results" / "weights"
 COMMANDS = {
     "train": "train_flax",
     "evaluate": "evaluate",
+    "predict": "predict",
     "convert": "convert",
     "identify": "identify",
     "export": "export",

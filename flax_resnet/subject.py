@@ -4,6 +4,7 @@ It comes from a run, a PyTorch file or folder, or the Hub. What such a thing say
 wants (how they are cut, how pixels become numbers, what its classes are called) comes with it.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -18,17 +19,21 @@ from flax_resnet import cli
 from flax_resnet.config import DataConfig, Experiment, Preprocess
 from flax_resnet.data import source
 from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization
-from flax_resnet.errors import ConfigError
+from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.nn.scan import Tree, stack
 from flax_resnet.resnet import param_dtype
 from flax_resnet.step import TrainState
 from flax_resnet.training.identified import settle
 from flax_resnet.training.workdir import is_run, open_run, read_config, read_data_facts
-from flax_resnet.weights import account, files
+from flax_resnet.weights import account, files, pretrained
+from flax_resnet.weights.pretrained import Card
 from flax_resnet.weights.state_dict import Imported, from_state_dict
 
+OF_CARDS = ("interpolation", "mean", "std")  # settings of images that they tell
+
 Check = Callable[[Experiment], None]
-Prepare = Callable[[Experiment], Experiment]
+Prepare = Callable[[Experiment, bool], Experiment]
+Tell = Callable[[str], None]
 
 flags.disclaim_key_flags()  # those of `define_flags` belong to the script that asks for them
 
@@ -75,13 +80,16 @@ def read(
     told: Flags,
     check: Check,
     images: DataConfig | None,
-    prepare: Prepare = lambda config: config,
+    prepare: Prepare,
+    tell: Tell = print,
 ) -> Subject:
     """The network at a local path, with the settings of the command line.
 
     Args:
         check: raises a UserError for a network, or images, that the command cannot use.
-        prepare: makes the defaults of the command out of what the path says.
+        prepare: makes the defaults of the command out of what the path says, and whether that is a
+            run.
+        tell: is given what is to be said of a PyTorch file.
         images: the data set whose training images may tell what a PyTorch file does not; None:
             none are looked at.
 
@@ -90,7 +98,7 @@ def read(
     """
     if is_run(path):
         return _read_run(path, told, check, prepare)
-    return _read_torch(path, told, check, images, prepare)
+    return _read_torch(path, told, check, images, prepare, tell)
 
 
 def _read_run(path: Path, told: Flags, check: Check, prepare: Prepare) -> Subject:
@@ -98,7 +106,7 @@ def _read_run(path: Path, told: Flags, check: Check, prepare: Prepare) -> Subjec
         if flag.present:
             raise ConfigError(f"--{flag.name} would change nothing: {path} is no PyTorch file")
     run = open_run(path)
-    config = _with_preprocess(cli.override(prepare(read_config(run.directory))), told)
+    config = _with_preprocess(cli.override(prepare(read_config(run.directory), True)), told)
     if config.model.architecture != run.config.model.architecture:
         raise ConfigError(
             f"{run.directory} says itself what its network is; --config.model takes dtype, "
@@ -119,9 +127,14 @@ def _read_run(path: Path, told: Flags, check: Check, prepare: Prepare) -> Subjec
 
 
 def _read_torch(
-    path: Path, told: Flags, check: Check, images: DataConfig | None, prepare: Prepare
+    path: Path,
+    told: Flags,
+    check: Check,
+    images: DataConfig | None,
+    prepare: Prepare,
+    tell: Tell,
 ) -> Subject:
-    contents = files.read(path, told.entry.value)
+    contents, card = files.read(path, told.entry.value), _card(path)
     given, header = cli.overrides(), contents.header
     epsilon = given.get("model.batch_norm_epsilon")
     read = functools.partial(
@@ -142,15 +155,15 @@ def _read_torch(
     certain = None if contents.images and known["preprocess"] else contents.preprocess
     imported, found, lines = settle(read, known, certain, images)
     for line in [*account.unwrapping(imported, contents.told), *lines]:
-        print(line)
+        tell(line)
     for assumption in imported.assumed.values():
-        print(f"assumed: {assumption}")
+        tell(f"assumed: {assumption}")
     preprocess = contents.preprocess or found or contents.likely_preprocess(imported)
     model = dataclasses.replace(imported.config)
     usual = Experiment(
         model=model, data=DataConfig(**{**contents.images, "preprocess": preprocess})
     )
-    config = _with_preprocess(cli.override(prepare(usual)), told)
+    config = _with_preprocess(cli.override(prepare(usual, False)), told)
     if config.model.architecture != imported.config.architecture:
         raise ConfigError(
             f"{path} tells itself what its network is; --config.model takes the shortcut, "
@@ -167,7 +180,21 @@ def _read_torch(
     _check_flags(config, told, uses_training_images=constants is None)
     constants = constants or source.normalization(config.data)
     title = f"{path}, layout {imported.layout.value}"
-    return Subject(config, *_arrays(config, imported), constants, title, contents.classes)
+    classes = contents.classes or (card and _classes_of(card))
+    return Subject(config, *_arrays(config, imported), constants, title, classes)
+
+
+def _card(path: Path) -> Card | None:
+    """That of published weights; None: they are none."""
+    with contextlib.suppress(WeightsError):
+        return pretrained.read_card(path) if path.suffix == ".safetensors" else None
+
+
+def _classes_of(card: Card) -> tuple[str, ...] | None:
+    told = card.tree.get("classes")
+    if told is None and source.is_small(card.config.data):
+        return source.class_names(card.config.data)
+    return told and tuple(map(str, told))
 
 
 def _arrays(config: Experiment, weights: TrainState | Imported) -> tuple[Tree, Tree]:

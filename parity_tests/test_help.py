@@ -26,6 +26,7 @@ WITH_SETTINGS = [
     "convert.py",
     "describe.py",
     "evaluate.py",
+    "predict.py",
     "identify.py",
     "parity_report.py",
     "reproduce.py",

@@ -94,7 +94,7 @@ def main() -> None:
     print(json.dumps(found.summary() | {"examples": len(found.label)}))
 
 
-def with_placement(config: Experiment) -> Experiment:
+def with_placement(config: Experiment, is_run: bool) -> Experiment:
     """Photographs are seen once, so that they need not be on the devices all at once."""
     name = cli.overrides().get("data.name", config.data.name)
     if not source.is_small(DataConfig(name=name)):
