@@ -32,7 +32,9 @@ def main(source: str, out: str) -> None:
     jax.config.update("jax_enable_x64", True)  # the run may be in float64
     run = open_run(fetch(places.place(source, "WORKDIR")))
     data = run.data_facts()
-    facts = {"examples": data.examples} | measured(run.directory, run.step)
+    classes = data.classes or source.class_names(run.config.data)
+    facts = {"examples": data.examples, "classes": list(classes)}
+    facts |= measured(run.directory, run.step)
     weights = run.state.params, run.state.batch_stats
     arguments = (run.config, *weights, data.normalization, run.step)
     pretrained.write(path, *arguments, facts)
