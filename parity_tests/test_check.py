@@ -184,14 +184,12 @@ def test_a_damaged_record_and_one_without_a_label_are_bad(root: Path, tmp_path: 
     config = DataConfig(name=Dataset.TFDS, tfds="small", dir=str(tmp_path / "tfds"))
     train = records.load(config)["train"]
     bad = check.find(train, 2, "train", everything=True).bad
-    damaged, unlabelled = sorted(bad.values())
-    assert damaged.startswith("damaged record: ")
-    assert unlabelled == "no label"
+    assert sorted(bad.values()) == ["damaged record", "no label"]
     config.allow_bad = 2
     kept = source.load(config)["train"]
     assert len(kept.label) == len(train) - 2
     assert min(kept.label) == 0
-    with pytest.raises(DatasetError, match=rf"{shard.name}, record \d+ \(damaged record: "):
+    with pytest.raises(DatasetError, match=rf"{shard.name}, record \d+ \(damaged record\)"):
         check.check(DataConfig(), {"train": train})
 
 

@@ -166,7 +166,7 @@ def test_a_damaged_record_has_no_label_and_is_named_when_read(root: Path) -> Non
     train = records.load(settings(root))["train"]
     (bad,) = np.flatnonzero(train.label == NO_LABEL)
     assert whole[bad] == files["train"][5]
-    with pytest.raises(BadImageError, match=r"damaged record: .* hash mismatch"):
+    with pytest.raises(BadImageError, match="damaged record"):
         train.read(int(bad))
     assert train.name(int(bad)) == f"{shard}, record {bad}"
     good = [i for i in range(TRAIN) if i != bad]

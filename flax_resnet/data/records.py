@@ -80,7 +80,7 @@ class Records(Encoded):
         try:
             return undecoded(self.features, self.source[self.order[index]])[self.key]
         except Exception as error:  # Neither array_record nor TFDS says what it raises.
-            raise BadImageError(f"damaged record: {prepared.reason(error)}") from error
+            raise BadImageError("damaged record") from error
 
     def name(self, index: int) -> str:
         record = self.order[index]

@@ -61,6 +61,7 @@ def write(
         files[split] = [(photo(rng), label) for label in own]
     for i, label in (labels or {}).items():
         files["train"][i] = files["train"][i][0], label
+    tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it is
         Small(files, data_dir=root).download_and_prepare(file_format="array_record")
     return files

@@ -5,6 +5,14 @@ from faults.dataset import dataset
 from faults.disk import full_disk
 from faults.fault import Fault
 from faults.hostile import FILES, hostile
+from faults.images import (
+    bad_folder,
+    bad_image,
+    bad_record,
+    killed_decoder,
+    lost_image,
+    odd_image,
+)
 from faults.kills import kill, stop, two_runs
 from faults.long_run import long_run
 from faults.numerics import devices, not_finite
@@ -98,6 +106,42 @@ TABLE = {
         "damaged dataset or cache; four first runs at once",
         "prepared again, once, never trained on",
         dataset,
+        20,
+    ),
+    "bad_image": Fault(
+        "image cut short, empty, no image, a bomb, a broken link, a pipe",
+        "named with the reason before the first step; left out if that is allowed, and every other "
+        "image has its own label",
+        bad_image,
+        20,
+    ),
+    "odd_image": Fault(
+        "PNG called .jpg, CMYK, grey, 16 bits, transparent, turned, animated, a link elsewhere, a "
+        "name that is no UTF-8",
+        "read; every image has its own label",
+        odd_image,
+        20,
+    ),
+    "bad_folder": Fault(
+        "class in one split only, or without images; no images", "named", bad_folder, 20
+    ),
+    "bad_record": Fault(
+        "record or shard of TFDS damaged, cut short or lost",
+        "named before the first step; a record is left out if that is allowed, and every other one "
+        "has its own label",
+        bad_record,
+        20,
+    ),
+    "lost_image": Fault(
+        "image that vanishes or is cut short while it is streamed",
+        "the stream ends with its name",
+        lost_image,
+        20,
+    ),
+    "killed_decoder": Fault(
+        "SIGKILL for a process that decodes images",
+        "the stream ends with the reason within a minute",
+        killed_decoder,
         20,
     ),
     "hostile": Fault(
