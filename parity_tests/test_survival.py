@@ -11,7 +11,7 @@ from faults.table import TABLE
 # Much of it is proven by the default tests as well: test_resume kills and damages no less,
 # test_checkpoint flips, truncates and finds no room, test_cifar10 damages the dataset,
 # test_command_line has two runs in one directory, test_processes another number of devices,
-# test_convert reads hostile files, test_workdir has a loss that is not finite.
+# test_convert reads hostile files, test_check has bad images, test_workdir has a loss that is not finite.
 RUNS = {
     "not_finite": 1,
     "hostile": len(FILES),
@@ -27,6 +27,12 @@ RUNS = {
     "bucket_two_runs": 2,
     "bucket_damage": 4,
     "dataset": 10,
+    "bad_image": 9,  # each kind once, as root
+    "odd_image": 10,  # each kind once
+    "bad_folder": 3,
+    "bad_record": 4,
+    "lost_image": 2,
+    "killed_decoder": 1,
     "compilation_cache": 3,
     "long_run": 1,
 }
