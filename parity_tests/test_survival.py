@@ -11,7 +11,8 @@ from faults.table import TABLE
 # Much of it is proven by the default tests as well: test_resume kills and damages no less,
 # test_checkpoint flips, truncates and finds no room, test_cifar10 damages the dataset,
 # test_command_line has two runs in one directory, test_processes another number of devices,
-# test_convert reads hostile files, test_check has bad images, test_workdir has a loss that is not finite.
+# test_convert reads hostile files, test_check has bad images, test_workdir has a loss that is not
+# finite.
 RUNS = {
     "not_finite": 1,
     "hostile": len(FILES),
