@@ -529,7 +529,11 @@ def coloured_by_hand(preprocess: Preprocess, examples: Examples) -> tuple[Draw, 
     return drawn, by_hand(x, drawn.offset, drawn.flip, 4)
 
 
-@pytest.mark.parametrize("preprocess", [Preprocess.MEAN_IMAGE, Preprocess.IMAGENET])
+@pytest.mark.parametrize(
+    "preprocess",
+    [Preprocess.IMAGENET, pytest.param(Preprocess.MEAN_IMAGE, marks=pytest.mark.slow)],
+    ids=lambda p: p.value,
+)
 def test_the_colours_are_alexnets_before_the_normalization(preprocess: Preprocess) -> None:
     """In float64 within 1e-12 of the largest pixel, and the twin within 1e-15 of it."""
     examples = random_examples(300)

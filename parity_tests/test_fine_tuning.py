@@ -271,6 +271,7 @@ def test_so_it_does_on_three_devices(parallel: Parallel, statistics: Statistics)
 def steps_of(frozen: tuple[str, ...], **model: Any) -> TrainState:
     """ResNet-14 after two steps from the same weights, block by block."""
     config = experiment(14, frozen, **model)
+    config.train.accumulate = 1
     program, state = init(config)
     first = make_pair(ResNetConfig.paper(14, Shortcut.B, dtype=DType.FLOAT64))
     tree = first.params, first.batch_stats
@@ -356,6 +357,7 @@ def test_a_factor_that_is_no_rate_is_refused(factor: float) -> None:
         OptimConfig(body_lr_factor=factor).validate()
 
 
+@pytest.mark.slow
 def test_the_twin_refuses_what_pytorchs_cosine_cannot_do() -> None:
     config = experiment()
     config.optim.final_lr = 0.001

@@ -159,7 +159,7 @@ def test_a_fine_tuning_goes_on_from_its_middle_to_the_same_bits(tmp_path: Path) 
             batch_size=16,
             eval_batch_size=360,
             checkpoint_every=2,
-            frozen=("stem", "stages.0"),
+            frozen=("stem", "stages.0", "stages.1"),
             label_smoothing=0.1,
         ),
     )
