@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from faults import bad_images
 from flax_resnet.config import Parallel
 from flax_resnet.errors import ConfigError, DatasetError
 from flax_resnet.parallel import processes, sharding
@@ -119,6 +120,28 @@ def test_the_two_lose_what_the_one_loses(
     ours, theirs = losses(stopped[0]), losses(one_process)
     assert 2 <= len(ours) < STEPS
     np.testing.assert_allclose(ours, theirs[: len(ours)], rtol=np.finfo(np.float32).eps)
+
+
+@pytest.mark.slow
+def test_streamed_photographs_too_each_process_decoding_its_share(tmp_path: Path) -> None:
+    """With mixtures, so that a process also needs the image before its first one."""
+    bad_images.write(tmp_path / "images")
+    settings = {"name": "folder", "dir": tmp_path / "images", "resize": 24, "crop": 20}
+    settings |= {"preprocess": "standardize", "mixup": 0.5, "cutmix": 0.5, "threads": 2}
+    more = [f"--config.data.{name}={value}" for name, value in settings.items()]
+    more += ["--config.model.num_classes=3", "--config.train.batch_size=8"]
+    port, workdir = free_port(), tmp_path / "two"
+    both = [start(workdir, port, i, *more, "--config.data.placement=streamed") for i in range(2)]
+    errors = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    fit_on(4, tmp_path / "one", like=workdir)
+    np.testing.assert_allclose(
+        losses(workdir), losses(tmp_path / "one"), rtol=np.finfo(np.float32).eps
+    )
+    like = jax.eval_shape(lambda: init(read_config(workdir))[1])
+    two, one = (load_state(path, like, STEPS) for path in (workdir, tmp_path / "one"))
+    for a, b in zip(jax.tree.leaves(two.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(b).max())
 
 
 @pytest.mark.slow

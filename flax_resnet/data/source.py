@@ -148,7 +148,7 @@ def evaluation_views(
     found = np.empty(shape, np.uint8)
     with ThreadPoolExecutor(config.num_threads) as pool:
         is_quick = len(indices) < SLOW_IMAGES
-        decoded = pool.map(view, map(int, indices))
+        decoded = pool.map(view, indices)
         try:
             bar = tqdm(decoded, f"decoding {what}", len(indices), unit="image", disable=is_quick)
             for i, image in enumerate(bar):
@@ -229,4 +229,4 @@ def sample(config: DataConfig, split: Split, number: int) -> UInt8[np.ndarray, "
         return split.pixels
     if isinstance(split, Examples):
         return split.image if len(chosen) == size else split.image[chosen]
-    return evaluation_views(config, split, chosen, "a sample of the training images")
+    return evaluation_views(config, split, chosen.tolist(), "a sample of the training images")
