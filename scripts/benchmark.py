@@ -45,6 +45,7 @@ cli.define_overrides(
     (
         "model",
         "optim",
+        "data.crop",
         "data.preprocess",
         "data.pad",
         "data.flip",

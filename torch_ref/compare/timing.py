@@ -157,8 +157,8 @@ def cpu_name() -> str:
     return f"{os.cpu_count()} x {names[0] if names else 'CPU'}"
 
 
-def random_examples() -> Examples:
-    """The images and labels that every variant sees."""
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (NUM_EXAMPLES, 32, 32, 3), np.uint8)
+def random_examples(config: Experiment) -> Examples:
+    """The images and labels that every variant sees, of the side that `config.data` crops."""
+    rng, side = np.random.default_rng(0), config.data.side
+    image = rng.integers(0, 256, (NUM_EXAMPLES, side, side, 3), np.uint8)
     return Examples(image, rng.integers(0, 10, NUM_EXAMPLES).astype(np.int32))

@@ -34,7 +34,7 @@ def prepare(variant: Variant) -> Prepared:
     jax.config.update("jax_enable_x64", variant.config.model.dtype is DType.FLOAT64)
     cpu.left_out.update(variant.left_out)
     cpu.keep_memory()
-    config, mesh, examples = variant.config, sharding.data_mesh(), random_examples()
+    config, mesh, examples = variant.config, sharding.data_mesh(), random_examples(variant.config)
     constants = pixels.make_normalization(config.data.preprocess, examples.image)
     prepare_phase = prepare_training if variant.phase == "train" else prepare_evaluation
     return prepare_phase(config, mesh, examples, constants)

@@ -84,7 +84,7 @@ def prepare(variant: Variant) -> Prepared:
 def make_data(config: Experiment) -> Data:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float64 if config.model.dtype is DType.FLOAT64 else torch.float32
-    examples = random_examples()
+    examples = random_examples(config)
     constants = pixels.make_normalization(config.data.preprocess, examples.image)
     mean, std = (
         None if x is None else torch.tensor(x, device=device, dtype=dtype) for x in constants[1:]
