@@ -5,7 +5,8 @@ same random images, for every depth, batch size and compute type. Each variant h
 own; they take turns, --repeats rounds after a warm-up, so that a busy machine slows all alike.
 PyTorch is given the best it has: channels_last and all cores, eager and inductor; on a GPU TF32,
 bfloat16 autocast, fused SGD, torch.compile's modes and a captured CUDA graph. Flax's variants are
---scans, --cures and --xla_flags; that they compute the same shows in the loss of their first call.
+--scans, --streamed, --cures and --xla_flags; that they compute the same shows in the loss of their
+first call.
 
 Prints a table, and writes a picture (--png) and a list of rows (--json): framework, its version,
 device, depth, batch_size, dtype, phase, variant, ms_median, ms_min, ms_max (milliseconds per batch)
@@ -33,6 +34,11 @@ PHASES = flags.DEFINE_list("phases", ["train", "eval"], "train, eval")
 REPEATS = flags.DEFINE_integer("repeats", 5, "rounds that count", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 2.0, "how long one variant runs in a round")
 FRAMEWORKS = flags.DEFINE_list("frameworks", ["flax", "torch"], "flax, torch")
+STREAMED = cli.define_path(
+    "streamed",
+    None,
+    "one more Flax variant: its images come from this folder, DIR/train/CLASS/*",
+)
 CURES = flags.DEFINE_bool("cures", False, "also leave out each of `flax_resnet/nn/cpu.py`'s cures")
 SCANS = flags.DEFINE_list("scans", [], "more Flax variants: so many steps per call")
 XLA_FLAGS = flags.DEFINE_multi_string(
@@ -113,6 +119,7 @@ def variants(config: Experiment, phase: str) -> list[Variant]:
         found += flax_variants(
             config,
             phase,
+            folder=STREAMED.value,
             scans=integers(SCANS),
             xla_flags=XLA_FLAGS.value,
             without_cures=CURES.value,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_resnet.config import Experiment
+from flax_resnet.config import LAST_STEP, Crop, Dataset, Experiment
 from flax_resnet.data.examples import Examples
 from flax_resnet.nn import cpu
 
@@ -110,6 +110,7 @@ def flax_variants(
     config: Experiment,
     phase: str,
     *,
+    folder: Path | None = None,
     scans: Sequence[int] = (),
     xla_flags: Sequence[str] = (),
     without_cures: bool = False,
@@ -117,6 +118,7 @@ def flax_variants(
     """Flax's variants of one size.
 
     Args:
+        folder: one more variant of training: its images are streamed from this folder.
         scans: more variants of training, each with so many steps per call.
         xla_flags: more variants, for every number of steps, each with this in XLA_FLAGS.
         without_cures: more variants of training, without each of the CPU's cures and without any.
@@ -129,6 +131,12 @@ def flax_variants(
         names = ([] if size == 1 else [f"{size} steps per call"]) + flags.split()
         name = " ".join(names) or "default"
         variants.append(Variant("flax", name, phase, settings, xla_flags=flags))
+    if folder is not None and phase == "train":
+        settings = copy.deepcopy(config)
+        settings.data.name, settings.data.dir = Dataset.FOLDER, str(folder)
+        settings.data.train_crop, settings.data.resize = Crop.RANDOM_RESIZED, config.data.side
+        settings.train.steps = LAST_STEP
+        variants.append(Variant("flax", "streamed", phase, settings))
     if without_cures and phase == "train":
         for cure in cpu.CURES:
             variants.append(Variant("flax", f"without {cure}", phase, config, (cure,)))

@@ -8,18 +8,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flax_resnet.config import DType, Experiment
-from flax_resnet.data import pixels
+from flax_resnet.config import Dataset, DType, Experiment
+from flax_resnet.data import source
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import Normalization
+from flax_resnet.data.source import Split
 from flax_resnet.nn import cpu
 from flax_resnet.parallel import sharding
 from flax_resnet.step import Program, TrainState, init
 from flax_resnet.training.evaluation import Evaluation
-from flax_resnet.training.feed import draw_steps
+from flax_resnet.training.feed import make_feed
 from flax_resnet.training.loop import compile_steps
 from torch_ref.compare.timing import (
-    NUM_EXAMPLES,
     Facts,
     Prepared,
     Ready,
@@ -34,19 +34,25 @@ def prepare(variant: Variant) -> Prepared:
     jax.config.update("jax_enable_x64", variant.config.model.dtype is DType.FLOAT64)
     cpu.left_out.update(variant.left_out)
     cpu.keep_memory()
-    config, mesh, examples = variant.config, sharding.data_mesh(), random_examples(variant.config)
-    constants = pixels.make_normalization(config.data.preprocess, examples.image)
+    config, mesh = variant.config, sharding.data_mesh()
+    is_streamed = config.data.name is Dataset.FOLDER
+    if is_streamed:
+        examples = source.load(config.data, ("train",))["train"]
+    else:
+        examples = random_examples(config)
+    constants = source.normalization(config.data, examples)
     prepare_phase = prepare_training if variant.phase == "train" else prepare_evaluation
     return prepare_phase(config, mesh, examples, constants)
 
 
 def prepare_evaluation(
-    config: Experiment, mesh: Mesh, examples: Examples, constants: Normalization
+    config: Experiment, mesh: Mesh, examples: Split, constants: Normalization
 ) -> Prepared:
     """Four batches at a time."""
     batch_size = config.train.batch_size
     program, state, examples = start(config, mesh, examples)
     evaluate = Evaluation(config.model, program, constants, mesh, batch_size)
+    assert isinstance(examples, Examples)
     few = jax.tree.map(lambda x: x[: batch_size * 4], examples)
 
     metrics: Any = None
@@ -62,13 +68,14 @@ def prepare_evaluation(
 
 
 def prepare_training(
-    config: Experiment, mesh: Mesh, examples: Examples, constants: Normalization
+    config: Experiment, mesh: Mesh, examples: Split, constants: Normalization
 ) -> Prepared:
     """As many steps at a time as the variant has in a call."""
     size = config.train.steps_per_call or 1
     is_cpu = jax.default_backend() == "cpu"
     began = time.perf_counter()
     program, state, examples = start(config, mesh, examples)
+    feed = make_feed(config, mesh, examples)
     call = compile_steps(config, program, constants, mesh)
     compilations = listen_for_compilations()
     host_seconds: list[float] = []
@@ -78,10 +85,9 @@ def prepare_training(
     def run(count: int) -> None:
         nonlocal state, step, metrics
         for _ in range(0, count, size):
-            drawn = draw_steps(config, step, size, NUM_EXAMPLES)
-            drawn = sharding.split_batch(mesh, drawn, config.parallel, axis=1)
+            dealt = feed.deal(step, size)
             began = time.perf_counter()
-            state, metrics = call(state, examples, drawn)
+            state, metrics = call(state, feed.constant, dealt)
             host_seconds.append(time.perf_counter() - began)
             if is_cpu:  # as `loop.train` does
                 jax.block_until_ready(metrics)
@@ -109,11 +115,11 @@ def prepare_training(
     return Prepared(Ready(device_name(), jax.__version__, facts, size), run, facts_at_end)
 
 
-def start(
-    config: Experiment, mesh: Mesh, examples: Examples
-) -> tuple[Program, TrainState, Examples]:
-    """A network at step 0 and its data, on every device."""
+def start(config: Experiment, mesh: Mesh, examples: Split) -> tuple[Program, TrainState, Split]:
+    """A network at step 0 and, if it is resident, its data, on every device."""
     program, state = init(config, mesh.size)
+    if not isinstance(examples, Examples):
+        return program, sharding.replicate(mesh, state), examples
     return program, *sharding.replicate(mesh, (state, examples))
 
 
