@@ -26,9 +26,9 @@ WITH_SETTINGS = [
     "convert.py",
     "describe.py",
     "evaluate.py",
-    "predict.py",
     "identify.py",
     "parity_report.py",
+    "predict.py",
     "reproduce.py",
     "train_flax.py",
 ]

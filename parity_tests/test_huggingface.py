@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import flax_resnet
-from flax_resnet.config import ResNetConfig, Stride
+from flax_resnet.config import Interpolation, Preprocess, ResNetConfig, Stride
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.training.converted import check_target
 from flax_resnet.weights import files, huggingface
@@ -148,3 +148,69 @@ def test_the_folder_that_convert_writes_is_read_by_transformers(tmp_path: Path) 
     assert other.config.num_labels == 10
     state = other.state_dict()
     assert all(torch.equal(state[key], value) for key, value in theirs.state_dict().items())
+
+
+MICROSOFT = {  # of microsoft/resnet-50
+    "crop_pct": 0.875,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "ConvNextFeatureExtractor",
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": 3,
+    "size": 224,
+}
+CUT = {"resize": 256, "crop": 224, "interpolation": Interpolation.BICUBIC}
+OTHER = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (MICROSOFT, CUT | {"preprocess": Preprocess.IMAGENET}),
+        (
+            MICROSOFT | {"size": {"shortest_edge": 160}, "resample": 2} | OTHER,
+            {"resize": 182, "crop": 160, "interpolation": Interpolation.BILINEAR}
+            | {"preprocess": Preprocess.CONSTANTS, "mean": (0.5,) * 3, "std": (0.25,) * 3},
+        ),
+        (
+            {"size": {"shortest_edge": 256}, "do_center_crop": True, "do_normalize": False}
+            | {"crop_size": {"height": 224, "width": 224}, "resample": 3},
+            CUT | {"preprocess": Preprocess.CONSTANTS, "mean": (0.0,) * 3, "std": (1.0,) * 3},
+        ),
+        (MICROSOFT | {"do_resize": False}, {"preprocess": Preprocess.IMAGENET}),
+    ],
+)
+def test_a_preprocessor_says_how_images_are_cut(tree: dict, expected: dict) -> None:
+    assert huggingface.to_settings(tree) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 384}, "without cropping a square"),
+        ({"resample": 1}, "resample must be one of"),
+        ({"rescale_factor": 1}, "rescale_factor must be 1/255, got 1"),
+    ],
+)
+def test_what_no_setting_can_say_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        huggingface.to_settings(MICROSOFT | change)
+
+
+def test_a_folders_preprocessor_and_classes_are_read_with_its_weights(tmp_path: Path) -> None:
+    """A preprocessor that is not understood is told of, and the weights are read."""
+    write_config(tmp_path)
+    contents = files.Contents({}, [], [])
+    found = files.with_folder(contents, tmp_path)
+    assert (found.images, found.classes) == ({}, ("cat", "dog", "fish"))
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(MICROSOFT))
+    found = files.with_folder(contents, tmp_path)
+    assert (found.images["resize"], found.preprocess) == (256, Preprocess.IMAGENET)
+    path.write_text(json.dumps(MICROSOFT | {"size": 384}))
+    found = files.with_folder(contents, tmp_path)
+    assert found.images == {}
+    assert "passed over" in found.told[0]
+    write_config(tmp_path, id2label={"0": "LABEL_0", "1": "LABEL_1"})
+    assert files.with_folder(contents, tmp_path).classes is None
