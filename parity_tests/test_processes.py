@@ -134,6 +134,8 @@ def test_streamed_photographs_too_each_process_decoding_its_share(tmp_path: Path
     both = [start(workdir, port, i, *more, "--config.data.placement=streamed") for i in range(2)]
     errors = [process.communicate(timeout=240)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
+    for name in ("confusion.png", "mistakes.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
     fit_on(4, tmp_path / "one", like=workdir)
     np.testing.assert_allclose(
         losses(workdir), losses(tmp_path / "one"), rtol=np.finfo(np.float32).eps

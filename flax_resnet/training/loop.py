@@ -31,6 +31,7 @@ from flax_resnet.training.curves import plot_curves
 from flax_resnet.training.evaluation import Evaluation
 from flax_resnet.training.feed import Feed, batch_of, make_feed
 from flax_resnet.training.metrics_log import MetricsLog, Row, SilentLog, read_metrics
+from flax_resnet.training.pictures import draw_pictures
 from flax_resnet.training.reporter import Done, Reporter, is_due, progress_bar
 from flax_resnet.training.signals import Stopped, StopSignal, stop_signal
 from flax_resnet.training.starting_network import with_network_of
@@ -96,6 +97,8 @@ def fit(config: Experiment, workdir: Path) -> dict[str, Any]:
 
             summary = on_first(report)
         on_first(lambda: draw_curves(workdir, config.model.label))
+        if not source.is_small(config.data):
+            on_first(lambda: draw_pictures(workdir))
         log.info("test error %.2f %%, curves in %s", 100 * summary["test_error"], workdir)
         return summary
 

@@ -1,5 +1,6 @@
 """confusion.png and mistakes.png: which classes a network confuses, and its worst mistakes."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from flax_resnet import drawing
-from flax_resnet.training.predictions import Predictions
+from flax_resnet.data import source
+from flax_resnet.resnet import abstract
+from flax_resnet.training.predictions import Network, Predictions, as_evaluated, looks, predict
+from flax_resnet.training.workdir import CONFUSION, MISTAKES, open_run
 
 MOST_CLASSES = 100  # that a matrix can show
 MOST_NUMBERED = 30  # classes up to which each cell of the matrix has its count
@@ -16,6 +20,34 @@ GAMMA = 0.4  # of the matrix's colours
 LONGEST = 18  # letters of a name
 MOST_MISTAKES = 24
 COLUMNS = 6
+
+
+def draw_pictures(workdir: Path) -> None:
+    """Makes both of a finished run on photographs, unless they are there.
+
+    That one cannot be made is a warning.
+    """
+    if (workdir / CONFUSION).exists() and (workdir / MISTAKES).exists():
+        return
+    with drawing.attempted(f"{workdir / CONFUSION} and {MISTAKES}"):
+        run = open_run(workdir)
+        config, data = run.config, run.config.data
+        test = source.load(data, ("test",))["test"]
+        network = Network(
+            *(abstract(config.model)[0], run.state.params, run.state.batch_stats),
+            run.data_facts().normalization,
+            batch_size=config.eval_batch_size,
+            side=data.side,
+        )
+
+        def seen(index: int) -> UInt8[np.ndarray, "h w 3"]:
+            return look(index)[0][0]
+
+        look = looks(test, functools.partial(as_evaluated, config=data))
+        found = predict(network, test.label, look, threads=data.num_threads)
+        classes, title = source.class_names(data), f"{config.model.label}, step {run.step}"
+        plot_confusion(found, classes, workdir / CONFUSION, title)
+        plot_mistakes(found, classes, seen, workdir / MISTAKES, title)
 
 
 def plot_confusion(found: Predictions, classes: Sequence[str], path: Path, title: str) -> None:

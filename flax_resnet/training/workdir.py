@@ -2,7 +2,7 @@
 
 A run needs nothing else to go on to its end. There are also data.json (how many images there are,
 and the constants of their preprocessing), metrics.jsonl, tensorboard/, and once finished
-summary.json and curves.png.
+summary.json, curves.png and, of photographs, confusion.png and mistakes.png.
 """
 
 import contextlib
@@ -33,7 +33,15 @@ log = logging.getLogger(__name__)
 
 SUMMARY, CURVES = "summary.json", "curves.png"
 RESPONSES, BATCH_STATISTICS = "layer_responses.json", "batch_statistics.json"
-OF_THE_END = (SUMMARY, CURVES, RESPONSES, BATCH_STATISTICS)  # what tells of the last step alone
+CONFUSION, MISTAKES = "confusion.png", "mistakes.png"
+OF_THE_END = (
+    SUMMARY,
+    CURVES,
+    CONFUSION,
+    MISTAKES,
+    RESPONSES,
+    BATCH_STATISTICS,
+)  # what tells of the last step alone
 
 
 class DataFacts(NamedTuple):
