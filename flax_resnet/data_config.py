@@ -13,7 +13,7 @@ class Dataset(enum.Enum):
     CIFAR10 = "cifar10"  # 32x32 colour photographs in 10 classes
     CIFAR100 = "cifar100"  # likewise, in 100 classes
     DIGITS = "digits"  # scikit-learn's 8x8 handwritten digits, enlarged to 32x32x3
-    FOLDER = "folder"  # of the user's own images: dir/{train,val}/CLASS/*; ImageNet's too
+    FOLDER = "folder"  # of the user's own images: dir/train/CLASS/ and dir/val/CLASS/
     TFDS = "tfds"  # any image classification of tensorflow-datasets, by data.tfds
 
 

@@ -1,4 +1,4 @@
-"""The user's own images, in a folder for each class: DIR/{train,val}/CLASS/*, ImageNet's too.
+"""The user's own images, in a folder for each class: DIR/train/CLASS/ and DIR/val/CLASS/.
 
 As torchvision's ImageFolder has it, but that the classes of all splits must be the same: there, a
 class that one split lacks gives every later class another number.

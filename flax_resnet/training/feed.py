@@ -17,14 +17,9 @@ from flax_resnet.resnet import param_dtype
 
 
 class Resident:
-    """All images are on the devices; a step is told which it sees.
+    """All images are on the devices, as `constant`; a step is told which of them it sees."""
 
-    Attributes:
-        constant: the images, on the devices.
-        most_steps: that go into one call unless `steps_per_call` says so; None for any number.
-    """
-
-    most_steps = None
+    most_steps = None  # that go into one call unless `steps_per_call` says so; None: any number
 
     def __init__(self, config: Experiment, mesh: Mesh, constant: Examples):
         self.config, self.mesh, self.constant = config, mesh, constant
@@ -43,10 +38,7 @@ class Resident:
 
 
 class Stream:
-    """The images of each step are decoded while the devices are at the steps before.
-
-    Attributes: as of `Resident`.
-    """
+    """The images of each step are decoded while the devices are at the steps before."""
 
     constant = None
     most_steps = 1  # whose images are on the devices at once
