@@ -265,6 +265,7 @@ def rooms() -> Figure:
     floors = [
         ["errors", "shipped", "streams"],
         ["settings", "json_files", "drawing", "surroundings", "places"],
+        ["data_config"],
         ["config"],
         ["nn", "data"],
         ["parallel"],
@@ -274,6 +275,7 @@ def rooms() -> Figure:
         ["studies"],
         ["config_file", "setting_flags", "help"],
         ["cli"],
+        ["subject"],
         ["scripts", "torch_ref"],
     ]
     science = {"resnet", "optim", "step", "torch_ref"}
