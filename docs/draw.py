@@ -280,16 +280,18 @@ def rooms() -> Figure:
     ]
     science = {"resnet", "optim", "step", "torch_ref"}
     height = 0.5
-    figure, (ax,) = canvas(8.6, height * len(floors) + 0.1)
+    figure, (ax,) = canvas(9.6, height * len(floors) + 0.1)
     for level, floor in enumerate(floors):
         y = height * (level + 0.6)
-        ax.plot([0.2, 8.4], [y - height / 2, y - height / 2], color="0.85", lw=1)
+        ax.plot([0.2, 9.4], [y - height / 2, y - height / 2], color="0.85", lw=1)
+        apart = 2.6 if len(floor) <= 3 else 1.7
         for i, name in enumerate(floor):
-            x = 4.3 + 2.6 * (i - (len(floor) - 1) / 2)
+            x = 4.4 + apart * (i - (len(floor) - 1) / 2)
             box(ax, x, y, name, WEIGHTS if name in science else NO_WEIGHTS)
-    path(ax, (8.2, height * (len(floors) - 0.4)), (8.2, height * 0.6))
-    ax.text(8.1, height * len(floors) / 2, "may import", rotation=90, va="center", ha="right")
-    ax.text(0.25, 0.3, "blue: read these first", va="center", fontsize=9)
+    path(ax, (9.2, height * (len(floors) - 0.4)), (9.2, height * 0.6))
+    ax.text(9.1, height * len(floors) / 2, "may import", rotation=90, va="center", ha="right")
+    y = height * (len(floors) - 0.4)
+    ax.text(0.25, y, "blue: read these first", va="center", fontsize=9)
     return figure
 
 
