@@ -4,9 +4,11 @@ However many images go through the network at once, in whatever order their size
 the truth is the network called on one view after another.
 """
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +22,11 @@ from flax_resnet.errors import ConfigError
 from flax_resnet.parallel import sharding
 from flax_resnet.step import Metrics, Program
 from flax_resnet.training import predictions
-from flax_resnet.training.evaluation import Evaluation
+from flax_resnet.training.evaluation import (
+    TANJEFFREYZ_BATCH_SIZE,
+    Evaluation,
+    make_evaluate_by_batch_statistics,
+)
 from flax_resnet.training.predictions import Network, predict
 from parity_tests.pair import Pair, make_pair
 
@@ -114,6 +120,45 @@ def test_a_single_view_is_counted_as_an_evaluation_does(pair: Pair, network: Net
     expected = evaluate(*arguments).mean()
     found = predict(network, examples.label, lambda i: [examples.image[i : i + 1]]).summary()
     assert (found["test_error"], found["test_loss"]) == (expected["error"], expected["loss"])
+
+
+@pytest.mark.slow
+def test_batch_statistics_are_those_of_tanjeffreyz_batches(pair: Pair) -> None:
+    """Of 128 images in order, and at last of what is left."""
+    examples = Examples(noise(200, 32, 32), RNG.integers(0, 10, 200).astype(np.int32))
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    evaluate = make_evaluate_by_batch_statistics(pair.config, CONSTANTS, mesh)
+    expected = evaluate(pair.params, pair.batch_stats, examples).mean()
+    network = Network(
+        *(pair.graphdef, pair.params, pair.batch_stats, CONSTANTS),
+        batch_size=TANJEFFREYZ_BATCH_SIZE,
+        side=32,
+        by_batch_statistics=True,
+    )
+    found = predict(network, examples.label, lambda i: [examples.image[i : i + 1]]).summary()
+    assert (found["test_error"], found["test_loss"]) == (expected["error"], expected["loss"])
+
+
+def test_a_batch_is_filled_up_to_few_sizes() -> None:
+    """To whole ones as `Evaluation` does, or where there was no whole one to a power of two."""
+    mesh = types.SimpleNamespace(size=1)
+
+    def network(**settings: bool) -> Any:
+        usual = {"fills_up": False, "by_batch_statistics": False, "pixels": 100 * 32 * 32}
+        return types.SimpleNamespace(
+            **(usual | settings),
+            mesh=mesh,
+            seen=set(),
+            rows=lambda h, w: Network.rows(network(), h, w),  # pyright: ignore
+        )
+
+    def padded(network: Any, *numbers: int, side: int = 32) -> list[int]:
+        return [Network.padded(network, (n, side, side, 3)) for n in numbers]
+
+    assert padded(network(fills_up=True), 5, 100) == [100, 100]
+    assert padded(network(), 1, 5, 64, 65, 100, 5) == [1, 8, 64, 100, 100, 100]
+    assert padded(network(by_batch_statistics=True), 5, 100) == [5, 100]
+    assert padded(network(), 3, 25, side=64) == [4, 25]
 
 
 @pytest.mark.slow

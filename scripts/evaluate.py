@@ -142,13 +142,13 @@ def check(config: Experiment) -> None:
         raise ConfigError(
             "--config.train.eval_batch_size would change nothing: --batch_statistics has its own"
         )
-    several = [f"--crops={CROPS.value}"] * CROPS.present + ["--scales"] * SCALES.present
+    several = ["--crops=10"] * (CROPS.value == "10") + ["--scales"] * bool(SCALES.value)
     if several and (source.is_small(data) or data.placement is Placement.RESIDENT):
         raise ConfigError(
             f"{several[0]} is for photographs: --config.data.name=folder or tfds, and streamed"
         )
     if len(several) > 1:
-        raise ConfigError("--crops would change nothing: --scales shows whole images")
+        raise ConfigError("--crops=10 would change nothing: --scales shows whole images")
     if several and BATCH_STATISTICS.value:
         raise ConfigError(f"{several[0]} would change nothing: --batch_statistics has one view")
     resize, crop, _ = data.view

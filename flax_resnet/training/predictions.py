@@ -27,6 +27,7 @@ from flax_resnet.parallel import sharding
 from flax_resnet.step import Metrics, measure
 
 MOST_SHOWN = 5  # likeliest classes that are kept of each image
+AHEAD = 64  # images that are decoded before the network wants them, at least
 
 Pixels = UInt8[np.ndarray, "v h w 3"]  # views of one image, of the same size
 Look = Callable[[int], Sequence[Pixels]]  # the views of an image by its number
@@ -224,14 +225,16 @@ def ahead(look: Look, size: int, threads: int) -> Iterator[Sequence[Pixels]]:
     if not threads:
         yield from map(look, range(size))
         return
+    most = max(AHEAD, 4 * threads)
     with ThreadPoolExecutor(threads) as pool:
         running: collections.deque[Future[Sequence[Pixels]]] = collections.deque()
         try:
-            for i in range(size + 4 * threads):
-                if i < size:
-                    running.append(pool.submit(look, i))
-                if i >= 4 * threads and running:
+            for i in range(size):
+                running.append(pool.submit(look, i))
+                if len(running) == most:
                     yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
         finally:
             for future in running:
                 future.cancel()

@@ -78,8 +78,8 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
 def read_preprocessor(path: Path) -> dict[str, Any]:
     """What a preprocessor_config.json says, by the name of `DataConfig`'s settings.
 
-    The centre is cut out by torchvision's rule; transformers' is half a pixel off where the margin
-    is odd.
+    Here PIL resizes and torchvision's rule cuts out the middle. transformers resizes tensors, so
+    its pixels may differ a little.
 
     Raises:
         WeightsError: it is damaged, or does something to images that there is no setting for.
