@@ -2,17 +2,21 @@
 where they tell it; and it goes on to the same bits when they are gone.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from flax_resnet.config import (
+    DataConfig,
     Dataset,
     DType,
     Experiment,
+    Interpolation,
     OptimConfig,
     Preprocess,
     ResNetConfig,
@@ -23,16 +27,19 @@ from flax_resnet.config import (
     TrainConfig,
 )
 from flax_resnet.data import source
-from flax_resnet.data.pixels import Normalization
 from flax_resnet.errors import ConfigError
 from flax_resnet.json_files import write_json
+from flax_resnet.resnet import abstract
 from flax_resnet.step import init
 from flax_resnet.training.checkpoint import digest
 from flax_resnet.training.loop import fit
-from flax_resnet.training.starting_network import data_of, with_network_of
+from flax_resnet.training.starting_network import take_preprocessing, with_network_of
+from flax_resnet.training.starting_weights import check_preprocess, images_of
 from flax_resnet.training.workdir import SUMMARY, open_run, read_config
 from flax_resnet.weights import pretrained
+from flax_resnet.weights.files import Contents
 from flax_resnet.weights.layouts import Layout
+from flax_resnet.weights.state_dict import from_state_dict, to_state_dict
 from parity_tests.test_starting_weights import (
     NORMALIZATION,
     DataFacts,
@@ -42,6 +49,13 @@ from parity_tests.test_starting_weights import (
 )
 
 NETWORK: dict[str, Any] = {"depth": 14, "shortcut": Shortcut.B, "batch_norm_epsilon": 1e-3}
+
+
+def state_dict() -> dict[str, np.ndarray]:
+    """Of ResNet-8, all zeros."""
+    config = experiment().model
+    params, stats = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(config)[1:])
+    return to_state_dict(config.architecture, params, stats)
 
 
 def taking(init: Path, **settings: Any) -> Experiment:
@@ -109,11 +123,38 @@ def test_a_preprocessing_that_is_set_stays(tmp_path: Path) -> None:
     assert with_network_of(config, tmp_path / "new").data.preprocess is Preprocess.IMAGENET
 
 
-def test_constants_of_a_header_become_settings() -> None:
-    constants = Normalization(1 / 255, np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.1, 0.3]))
-    data = data_of(Preprocess.CONSTANTS, constants)
-    assert (data.mean, data.std) == ((0.5, 0.4, 0.3), (0.2, 0.1, 0.3))
-    assert data_of(Preprocess.IMAGENET, constants).mean == ()
+def test_what_a_file_says_of_its_images_is_taken_but_for_what_is_set() -> None:
+    """The sizes only where both see photographs."""
+    images: dict[str, Any] = {
+        "preprocess": Preprocess.CONSTANTS,
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.1, 0.3),
+        "resize": 235,
+        "interpolation": Interpolation.BICUBIC,
+    }
+    imported = from_state_dict(state_dict())
+    theirs = images_of(Contents({}, [], [], images=images), imported)
+    ours = DataConfig(name=Dataset.FOLDER, crop=128)
+    take_preprocessing(ours, theirs)
+    assert ours == DataConfig(name=Dataset.FOLDER, crop=128, **images)
+    ours = DataConfig(name=Dataset.FOLDER, preprocess=Preprocess.IMAGENET, resize=160)
+    take_preprocessing(ours, theirs)
+    assert (ours.preprocess, ours.mean, ours.resize) == (Preprocess.IMAGENET, (), 160)
+    ours = DataConfig(name=Dataset.DIGITS)
+    take_preprocessing(ours, theirs)
+    assert (ours.mean, ours.resize) == ((0.5, 0.4, 0.3), None)
+
+
+def test_other_constants_are_refused() -> None:
+    theirs = DataConfig(preprocess=Preprocess.CONSTANTS, mean=(0.5, 0.4, 0.3), std=(0.2, 0.1, 0.3))
+    config = Experiment(data=dataclasses.replace(theirs, std=(0.2, 0.2, 0.2)))
+    with pytest.raises(
+        ConfigError,
+        match=r"x knows images by data.std 0.2,0.1,0.3, this run's is 0.2,0.2,0.2; set "
+        r"--config.data.std=0.2,0.1,0.3$",
+    ):
+        check_preprocess("x", theirs, config, is_certain=True)
+    check_preprocess("x", theirs, Experiment(data=theirs), is_certain=True)
 
 
 def test_other_classes_have_a_new_classifier(

@@ -10,27 +10,27 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from flax_resnet.config import OF_THE_RUN, DataConfig, Experiment, Preprocess, ResNetConfig
+from flax_resnet.config import OF_THE_RUN, DataConfig, Experiment, ResNetConfig
 from flax_resnet.data import source
-from flax_resnet.data.pixels import Normalization
+from flax_resnet.data_config import OF_32_PIXELS
 from flax_resnet.nn.modules import HEAD
 from flax_resnet.parallel.processes import on_first
-from flax_resnet.training.starting_weights import Kind, find_weights
+from flax_resnet.training.starting_weights import Kind, find_weights, images_of
 from flax_resnet.training.workdir import has_begun, locate, read_config, read_data_facts
 from flax_resnet.weights import files, pretrained
 from flax_resnet.weights.state_dict import from_state_dict
 
 log = logging.getLogger(__name__)
 
-# How pixels become numbers: left to the weights where it is as `DataConfig()` has it.
-PREPROCESSING = ("preprocess", "mean", "std")
+# What of the preprocessing is taken. Of an image's size, where both see photographs.
+NUMBERS, SIZES = ("preprocess", "mean", "std"), ("resize", "crop", "interpolation")
 
 
 def with_network_of(config: Experiment, workdir: Path) -> Experiment:
     """`config` with the network that `config.init` names; `config` itself without `init_model`.
 
     It has as many classes as the data set, with a new classifier if those of the weights are not as
-    many. How pixels become numbers is taken, too, unless `config` says something else than the
+    many. Its preprocessing is taken, too, but for what `config` sets to another value than the
     default. A run that has begun in `workdir` goes on with what it took. Of several processes only
     the first needs the weights.
 
@@ -57,9 +57,15 @@ def own(model: ResNetConfig) -> dict[str, Any]:
     return {name: getattr(model, name) for name in names}
 
 
-def take_preprocessing(data: DataConfig, theirs: DataConfig) -> None:
-    for name in PREPROCESSING:
-        setattr(data, name, getattr(theirs, name))
+def take_preprocessing(ours: DataConfig, theirs: DataConfig) -> None:
+    """What is as `DataConfig()` has it becomes as it is there."""
+    default, names = DataConfig(), []
+    if ours.preprocess is default.preprocess:
+        names += NUMBERS
+    if not {ours.name, theirs.name} & {*OF_32_PIXELS}:
+        names += [name for name in SIZES if getattr(ours, name) == getattr(default, name)]
+    for name in names:
+        setattr(ours, name, getattr(theirs, name))
 
 
 def taken(config: Experiment, workdir: Path) -> Experiment:
@@ -82,16 +88,12 @@ def taken(config: Experiment, workdir: Path) -> Experiment:
 def read_network(config: Experiment) -> ResNetConfig:
     """The network of `config.init`; its preprocessing becomes that of `config`."""
     kind, path = find_weights(config.init or "")
-    is_default = config.data.preprocess is DataConfig().preprocess
     is_certain = True
     if kind is Kind.TORCH:
         contents = files.read(path)
         imported = from_state_dict(contents.state_dict, header=contents.header)
-        model = imported.config
+        model, theirs = imported.config, images_of(contents, imported)
         is_certain = contents.preprocess is not None
-        preprocess = contents.likely_preprocess(imported)
-        constants = contents.header and contents.header.normalization
-        theirs = data_of(preprocess, constants if is_certain else None)
     elif kind is Kind.PUBLISHED:
         card = pretrained.read_card(path)
         model, theirs = card.config.model, card.config.data
@@ -100,17 +102,8 @@ def read_network(config: Experiment) -> ResNetConfig:
         model, theirs = run.model, run.data
         # A work directory of convert.py knows nothing of data but what was assumed.
         is_certain = read_data_facts(directory) is not None
-    if is_default:
-        take_preprocessing(config.data, theirs)
-        if not is_certain:
-            told = "%s does not tell data.preprocess: taken to be the usual, %s"
-            log.warning(told, path, theirs.preprocess.value)
+    if not is_certain and config.data.preprocess is DataConfig().preprocess:
+        told = "%s does not tell data.preprocess: taken to be the usual, %s"
+        log.warning(told, path, theirs.preprocess.value)
+    take_preprocessing(config.data, theirs)
     return ResNetConfig.of(model.architecture)
-
-
-def data_of(preprocess: Preprocess, constants: Normalization | None) -> DataConfig:
-    """A preprocessing as settings, with the constants of a file's header."""
-    data = DataConfig(preprocess=preprocess)
-    if preprocess is Preprocess.CONSTANTS and constants is not None and constants.mean is not None:
-        data.mean, data.std = tuple(constants.mean), tuple(constants.std)
-    return data

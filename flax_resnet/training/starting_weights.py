@@ -15,6 +15,8 @@ import numpy as np
 
 from flax_resnet.config import (
     Architecture,
+    DataConfig,
+    Dataset,
     Experiment,
     Preprocess,
     ResNetConfig,
@@ -33,7 +35,7 @@ from flax_resnet.step import TrainState
 from flax_resnet.training.mirror import fetch
 from flax_resnet.training.workdir import locate, open_run, read_data_facts
 from flax_resnet.weights import files, pretrained
-from flax_resnet.weights.state_dict import from_state_dict
+from flax_resnet.weights.state_dict import Imported, from_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +136,7 @@ def of_run(path: Path, config: Experiment) -> Weights:
     )
     # A work directory of convert.py knows nothing of data but what was assumed.
     is_certain = read_data_facts(run.directory) is not None
-    check_preprocess(told, run.config.data.preprocess, config, is_certain=is_certain)
+    check_preprocess(told, run.config.data, config, is_certain=is_certain)
     return Weights(run.state.params, run.state.batch_stats, told)
 
 
@@ -144,7 +146,7 @@ def of_published(path: Path, config: Experiment) -> Weights:
     check_architecture(
         told, card.config.model.architecture, config.model.architecture, config.init_fresh
     )
-    check_preprocess(told, card.config.data.preprocess, config, is_certain=True)
+    check_preprocess(told, card.config.data, config, is_certain=True)
     _, *arrays = split(pretrained.load_pretrained(path))
     params, batch_stats = jax.device_get(arrays)
     return Weights(params, batch_stats, told)
@@ -175,9 +177,14 @@ def of_torch(path: Path, config: Experiment) -> Weights:
         value = as_given(getattr(ours, name))
         log.warning("%s does not tell its %s: taken to be this run's, %s", path, name, value)
     is_certain = contents.preprocess is not None
-    preprocess = contents.likely_preprocess(imported)
-    check_preprocess(f"{path}", preprocess, config, is_certain=is_certain)
+    check_preprocess(f"{path}", images_of(contents, imported), config, is_certain=is_certain)
     return Weights(imported.params, imported.batch_stats, f"{path}, layout {imported.layout.value}")
+
+
+def images_of(contents: files.Contents, imported: Imported) -> DataConfig:
+    """What a file says of its images, or what such networks are usually fed."""
+    preprocess = contents.preprocess or contents.likely_preprocess(imported)
+    return DataConfig(**{"name": Dataset.FOLDER, **contents.images, "preprocess": preprocess})
 
 
 # Settings of one module alone, which may differ where it begins afresh.
@@ -223,20 +230,30 @@ def settings(architecture: Architecture) -> dict[str, Any]:
 
 
 def check_preprocess(
-    source: str, theirs: Preprocess, config: Experiment, *, is_certain: bool
+    source: str, theirs: DataConfig, config: Experiment, *, is_certain: bool
 ) -> None:
     """Raises ConfigError if the weights know another preprocessing; warns if they may."""
-    ours = config.data.preprocess
-    if theirs is ours:
+    ours, names = config.data, ["preprocess"]
+    if theirs.preprocess is Preprocess.CONSTANTS:
+        names += ["mean", "std"]
+    different = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+    if not different:
         return
     if is_certain:
-        raise ConfigError(
-            f"init: {source} knows images by data.preprocess {theirs.value}, this run's is "
-            f"{ours.value}; set --config.data.preprocess={theirs.value}"
+
+        def text(data: DataConfig, name: str) -> str:
+            value = as_given(getattr(data, name))
+            return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+        told = "; ".join(
+            f"data.{name} {text(theirs, name)}, this run's is {text(ours, name) or 'none'}"
+            for name in different
         )
+        flags = " ".join(f"--config.data.{name}={text(theirs, name)}" for name in different)
+        raise ConfigError(f"init: {source} knows images by {told}; set {flags}")
     log.warning(
         "%s does not tell data.preprocess: usual is %s, this run's is %s",
         source,
-        theirs.value,
-        ours.value,
+        theirs.preprocess.value,
+        ours.preprocess.value,
     )
