@@ -13,17 +13,24 @@ device, depth, batch_size, dtype, phase, variant, ms_median, ms_min, ms_max (mil
 and images_per_second. Flax's training rows also say how long compiling took and how long it was to
 the end of the first step, the host's time per call, the peak memory, and how many recompilations
 and implicit transfers happened while the steps ran.
+
+With --input it is the input alone that is timed, by --threads and --workers, beside PyTorch's
+DataLoader with torchvision's transforms: images of 224 pixels from 2,000 JPEGs of 500x375 that are
+made of the photographs in --photos.
 """
 
 import itertools
 import json
+import os
+import tempfile
+from pathlib import Path
 
 from absl import flags
 
 from flax_resnet import cli
 from flax_resnet.config import DType, Experiment
 from flax_resnet.errors import ConfigError
-from torch_ref.compare import timing_table
+from torch_ref.compare import timing_input, timing_table
 from torch_ref.compare.timing import Timing, Variant, flax_variants, has_gpu, torch_variants
 from torch_ref.compare.timing_turns import take_turns
 
@@ -44,6 +51,14 @@ SCANS = flags.DEFINE_list("scans", [], "more Flax variants: so many steps per ca
 XLA_FLAGS = flags.DEFINE_multi_string(
     "xla_flags", [], "more Flax variants, of all numbers of steps: with this in XLA_FLAGS"
 )
+INPUT = flags.DEFINE_bool("input", False, "time the input of photographs alone")
+CORES = os.cpu_count() or 1
+THREADS = flags.DEFINE_list("threads", [f"{CORES}", f"{2 * CORES}"], "that decode, with --input")
+WORKERS = flags.DEFINE_list("workers", ["0", f"{CORES}"], "processes that do so, with --input")
+PHOTOS = cli.define_path(
+    "photos", None, "folder of photographs, with --input; default: ../shared/photos"
+)
+IMAGES = flags.DEFINE_integer("images", 2000, "JPEGs that --input reads", lower_bound=64)
 JSON = cli.define_path("json", None, "file for the rows")
 PNG = cli.define_path("png", None, "file for the picture")
 cli.define_overrides(
@@ -69,6 +84,9 @@ cli.define_overrides(
 
 
 def main() -> None:
+    if INPUT.value:
+        measure_input()
+        return
     timings: list[Timing] = []
     for config, phase in sizes():
         turns = take_turns(variants(config, phase), REPEATS.value, SECONDS.value, print_failure)
@@ -84,6 +102,31 @@ def main() -> None:
     print(timing_table.table(timings))
     if PNG.value:
         timing_table.draw(timings, PNG.value)
+
+
+def measure_input() -> None:
+    check_choices(PHASES, timing_input.PHASES)
+    check_choices(FRAMEWORKS, ("flax", "torch"))
+    photos = PHOTOS.value or Path(__file__).resolve().parents[2] / "shared/photos"
+    threads, workers = integers(THREADS), integers(WORKERS)
+    rates: list[timing_input.Rate] = []
+    with tempfile.TemporaryDirectory(prefix="flax-resnet-input-") as name:
+        root = Path(name)
+        timing_input.write_photos(photos, root, IMAGES.value)
+        for phase in PHASES.value:  # one after the other: all of a phase are in memory at once
+            found = timing_input.loaders(phase, FRAMEWORKS.value, threads, workers)
+            rates += timing_input.take_turns(
+                found,
+                root,
+                REPEATS.value,
+                SECONDS.value,
+                lambda loader: print(f"{loader.name}, {loader.phase}, failed"),
+            )
+    if not rates:
+        raise ConfigError("nothing was measured: every input failed")
+    print(timing_input.table(rates))
+    if JSON.value:
+        JSON.value.write_text(json.dumps([rate.to_dict() for rate in rates], indent=1) + "\n")
 
 
 def sizes() -> list[tuple[Experiment, str]]:
