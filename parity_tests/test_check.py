@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from faults import bad_images, small_tfds
@@ -177,7 +178,9 @@ def test_of_large_photographs_the_sample_is_smaller(
     assert len(check.sample(split)) == 4
 
 
-def test_a_damaged_record_and_one_without_a_label_are_bad(root: Path, tmp_path: Path) -> None:
+def test_a_damaged_record_and_one_without_a_label_are_bad(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = small_tfds.write(tmp_path / "tfds", labels={3: -1})
     shard = small_tfds.shard(tmp_path / "tfds")
     small_tfds.damage_record(shard, files["train"][5][0])
@@ -191,6 +194,9 @@ def test_a_damaged_record_and_one_without_a_label_are_bad(root: Path, tmp_path: 
     assert min(kept.label) == 0
     with pytest.raises(DatasetError, match=rf"{shard.name}, record \d+ \(damaged record\)"):
         check.check(DataConfig(), {"train": train})
+    # Of a large split, too, where nobody comes across them.
+    monkeypatch.setattr(check, "SAMPLE", 1)
+    assert check.sample(train) == sorted({0, *np.flatnonzero(train.label < 0)})
 
 
 def test_of_a_large_folder_the_folders_are_asked_for_changes(

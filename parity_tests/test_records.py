@@ -173,6 +173,17 @@ def test_a_damaged_record_has_no_label_and_is_named_when_read(root: Path) -> Non
     assert [(train.read(i), train.label[i]) for i in good] == [whole[i] for i in good]
 
 
+def test_a_label_of_no_class_is_none(root: Path) -> None:
+    files = small_tfds.write(root)
+    directory = small_tfds.directory(root)
+    (directory / "kind.labels.txt").write_text("cat\ndog\n")
+    path = directory / "features.json"
+    path.write_text(path.read_text().replace('"numClasses": "3"', '"numClasses": "2"'))
+    train = records.load(settings(root))["train"]
+    labels = [min(label, 5 - 3 * label) for _, label in files["train"]]  # eel, 2: -1
+    assert sorted(train.label) == sorted(labels)
+
+
 def test_labels_are_read_once_for_the_same_shards(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
