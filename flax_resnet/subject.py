@@ -19,6 +19,7 @@ from flax_resnet import cli
 from flax_resnet.config import DataConfig, Experiment, Preprocess
 from flax_resnet.data import source
 from flax_resnet.data.pixels import FROM_TRAINING_IMAGES, Normalization
+from flax_resnet.data_config import SIDE
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.nn.scan import Tree, stack
 from flax_resnet.resnet import param_dtype
@@ -29,6 +30,7 @@ from flax_resnet.weights import account, files, pretrained
 from flax_resnet.weights.pretrained import Card
 from flax_resnet.weights.state_dict import Imported, from_state_dict
 
+OF_NETWORKS = ("shortcut", "channel_pad", "stride")  # settings that keys do not always tell
 OF_CARDS = ("interpolation", "mean", "std")  # settings of images that they tell
 
 Check = Callable[[Experiment], None]
@@ -117,7 +119,7 @@ def _read_run(path: Path, told: Flags, check: Check, prepare: Prepare) -> Subjec
     # Also where a run kept nothing, such as a converted one: of the data that the flags name.
     is_kept = kept is not None and config.data.preprocess is run.config.data.preprocess
     _check_flags(config, told, uses_training_images=not is_kept)
-    constants = kept.normalization if kept and is_kept else source.normalization(config.data)
+    constants = kept.normalization if kept and is_kept else _constants(config.data)
     title = f"{run.directory}, step {run.step}"
     data = run.config.data
     classes = kept and kept.classes
@@ -146,23 +148,27 @@ def _read_torch(
         rename=told.rename.value,
         ignore=told.ignore.value,
     )
-    known = {name: given.get(f"model.{name}") for name in ("shortcut", "channel_pad", "stride")}
+    model = card and card.config.model
+    known = {x: given.get(f"model.{x}") or getattr(model, x, None) for x in OF_NETWORKS}
     known |= {"epsilon": epsilon, "preprocess": told.preprocess.value}
     known["preprocess"] = known["preprocess"] or given.get("data.preprocess")
-    if preprocess := known["preprocess"] or contents.preprocess:
-        _check_validation(preprocess, contents.normalization is None)
-    # Our own header is believed against the user; of a preprocessor_config.json he may differ.
-    certain = None if contents.images and known["preprocess"] else contents.preprocess
+    own_preprocess = card.config.data.preprocess if card else contents.preprocess
+    if preprocess := known["preprocess"] or own_preprocess:
+        _check_validation(preprocess, card is None and contents.normalization is None)
+    # Our own header is believed against the user; of a card or Hugging Face's file he may differ.
+    is_default = card is not None or bool(contents.images)
+    certain = None if is_default and known["preprocess"] else own_preprocess
     imported, found, lines = settle(read, known, certain, images)
     for line in [*account.unwrapping(imported, contents.told), *lines]:
         tell(line)
     for assumption in imported.assumed.values():
         tell(f"assumed: {assumption}")
-    preprocess = contents.preprocess or found or contents.likely_preprocess(imported)
-    model = dataclasses.replace(imported.config)
-    usual = Experiment(
-        model=model, data=DataConfig(**{**contents.images, "preprocess": preprocess})
-    )
+    preprocess = own_preprocess or found or contents.likely_preprocess(imported)
+    own = {**contents.images, "preprocess": preprocess}
+    if card is not None:
+        own |= {name: getattr(card.config.data, name) for name in OF_CARDS}
+        own["resize"], own["crop"], _ = card.config.data.view
+    usual = Experiment(model=dataclasses.replace(imported.config), data=DataConfig(**own))
     config = _with_preprocess(cli.override(prepare(usual, False)), told)
     if config.model.architecture != imported.config.architecture:
         raise ConfigError(
@@ -171,14 +177,17 @@ def _read_torch(
             "PyTorch file, nothing else"
         )
     check(config)
-    if certain and not contents.images and config.data.preprocess is not preprocess:
+    if own_preprocess and not is_default and config.data.preprocess is not preprocess:
         raise ConfigError(
             f"data.preprocess must be {preprocess.value}, as the header of {path} says, got "
             f"{config.data.preprocess.value}"
         )
     constants = None if contents.images else contents.normalization
+    if card is not None:
+        is_its_own = config.data.preprocess is own_preprocess
+        constants = card.normalization if is_its_own else None
     _check_flags(config, told, uses_training_images=constants is None)
-    constants = constants or source.normalization(config.data)
+    constants = constants or _constants(config.data)
     title = f"{path}, layout {imported.layout.value}"
     classes = contents.classes or (card and _classes_of(card))
     return Subject(config, *_arrays(config, imported), constants, title, classes)
@@ -195,6 +204,13 @@ def _classes_of(card: Card) -> tuple[str, ...] | None:
     if told is None and source.is_small(card.config.data):
         return source.class_names(card.config.data)
     return told and tuple(map(str, told))
+
+
+def _constants(data: DataConfig) -> Normalization:
+    """Of the preprocessing; taken from training images of 32 pixels, of these as they are."""
+    if source.is_small(data) and data.view[:2] == (SIDE, SIDE):
+        data = dataclasses.replace(data, resize=None, crop=None)
+    return source.normalization(data)
 
 
 def _arrays(config: Experiment, weights: TrainState | Imported) -> tuple[Tree, Tree]:

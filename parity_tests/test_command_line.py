@@ -275,6 +275,11 @@ WEIGHTS = ROOT / "parity_tests/golden/weights/paper.safetensors"
             f"evaluate --checkpoint={WEIGHTS} --preprocess=imagenet --config.data.validation=9",
             "--config.data.validation would change nothing: no training image is needed here",
         ),
+        (f"evaluate --checkpoint={RUN} --crops=10", "--crops=10 is for photographs: --config.data"),
+        (
+            f"predict --checkpoint={RUN} none.jpg",
+            "1 of 1 images cannot be read: none.jpg (No such file or directory)",
+        ),
         (f"convert {WEIGHTS} made --layout=akamaster", "--layout would change nothing: DST is a "),
         (f"convert {RUN} made.pt --preprocess=imagenet", "--preprocess would change nothing: DST"),
         ("parity_report --shortcut=B", "--shortcut would change nothing: it is of a PyTorch file"),
