@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from flax_resnet.config import DType, Experiment
 from flax_resnet.nn.cpu import CURES
-from torch_ref.compare import timing_table
+from torch_ref.compare import timing_input, timing_table
 from torch_ref.compare.timing import (
     Ready,
     Timing,
@@ -217,3 +219,65 @@ def test_what_else_was_measured_is_one_line() -> None:
 )
 def test_a_round_is_whole_calls(seconds_per_step: float, at_once: int, steps: int) -> None:
     assert steps_per_round(2, seconds_per_step, at_once) == steps
+
+
+# --- Input ----------------------------------------------------------------------------------------
+
+
+def test_the_loaders_of_the_input() -> None:
+    found = timing_input.loaders("train", ["flax", "torch"], [2, 4], [0, 3])
+    assert [loader.name for loader in found] == [
+        "ours, one image after the other",
+        "ours, 2 threads",
+        "ours, 4 threads",
+        "ours, 3 workers",
+        "DataLoader, 0 workers",
+        "DataLoader, 0 workers, uint8",
+        "DataLoader, 3 workers",
+        "DataLoader, 3 workers, uint8",
+    ]
+    assert {loader.phase for loader in found} == {"train"}
+
+
+def test_the_inputs_ratios_are_to_the_best_dataloader_of_the_phase_that_makes_numbers() -> None:
+    names = [("flax", "train", False), ("torch", "train", False), ("torch", "train", True)]
+    names += [("torch", "train", False), ("torch", "eval", False)]
+    rates = [
+        timing_input.Rate(
+            timing_input.Loader(framework, phase, 1, 2, is_uint8=is_uint8),
+            [rate, 3 * rate, 2 * rate],
+            [2 << 20, 4 << 20, 5 << 20],
+        )
+        for (framework, phase, is_uint8), rate in zip(names, [60, 30, 90, 40, 999], strict=True)
+    ]
+    lines = timing_input.table(rates).splitlines()[2:]
+    assert lines[0] == "| train | ours, 2 workers | 120 (60-180) | 1.50 | 5 (+25 %) |"
+    ratios = [line.split(" | ")[3] for line in lines]
+    assert ratios == ["1.50", "0.75", "2.25", "1.00", "1.00"]
+    assert rates[0].to_dict()["images_per_second"] == 120
+    assert timing_input.table(rates[:1]).splitlines()[2].split(" | ")[3] == "-"
+
+
+@pytest.mark.slow
+def test_the_input_of_photographs_is_measured(tmp_path: Path) -> None:
+    photos, rows_file = tmp_path / "photos", tmp_path / "rows.json"
+    photos.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    Image.fromarray(pixels).save(photos / "photo.png")
+    flags = [f"--photos={photos}", "--images=64", "--phases=train", "--repeats=2"]
+    flags += ["--seconds=0.01", "--frameworks=flax", "--threads=2", "--workers=0"]
+    run = subprocess.run(
+        [*SCRIPT, "--input", *flags, f"--json={rows_file}"],
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(rows_file.read_text())
+    assert [row["variant"] for row in rows] == [
+        "ours, one image after the other",
+        "ours, 2 threads",
+    ]
+    for row in rows:
+        assert f"| train | {row['variant']} | {row['images_per_second']:.0f} (" in run.stdout
+        assert row["peak_mib"] > 10

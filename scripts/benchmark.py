@@ -115,16 +115,17 @@ def measure_input() -> None:
         timing_input.write_photos(photos, root, IMAGES.value)
         for phase in PHASES.value:  # one after the other: all of a phase are in memory at once
             found = timing_input.loaders(phase, FRAMEWORKS.value, threads, workers)
-            rates += timing_input.take_turns(
+            measured = timing_input.take_turns(
                 found,
                 root,
                 REPEATS.value,
                 SECONDS.value,
                 lambda loader: print(f"{loader.name}, {loader.phase}, failed"),
             )
+            rates += (of_phase := list(measured))
+            print(timing_input.table(of_phase), flush=True)
     if not rates:
         raise ConfigError("nothing was measured: every input failed")
-    print(timing_input.table(rates))
     if JSON.value:
         JSON.value.write_text(json.dumps([rate.to_dict() for rate in rates], indent=1) + "\n")
 

@@ -50,10 +50,9 @@ class Loader(NamedTuple):
     def name(self) -> str:
         if self.is_chain:
             return "ours, one image after the other"
-        numbers = f"{self.threads} threads" if self.framework == "flax" else ""
-        numbers += f", {self.workers} workers" if self.workers or not numbers else ""
-        kind = "ours" if self.framework == "flax" else "DataLoader"
-        return ", ".join(filter(None, [kind, numbers.strip(", "), "uint8" * self.is_uint8]))
+        if self.framework == "torch":
+            return f"DataLoader, {self.workers} workers" + ", uint8" * self.is_uint8
+        return f"ours, {self.workers or self.threads} {'workers' if self.workers else 'threads'}"
 
 
 class Rate(NamedTuple):
@@ -245,6 +244,7 @@ def theirs(loader: Loader, root: Path) -> Generator[Any]:
         shuffle=is_training,
         num_workers=loader.workers,
         persistent_workers=loader.workers > 0,
+        multiprocessing_context="fork" if loader.workers else None,  # its own choice on Linux
     )
     while True:
         for image, _ in batches:
