@@ -26,7 +26,7 @@ from flax_resnet.errors import DatasetError
 # 20 MB a second and core that takes 7 seconds on two cores.
 MOST_IMAGES = 20_000
 MOST_BYTES = 2**28
-SAMPLE = 1000  # evenly spaced images of a larger split, or fewer if they have more bytes
+SAMPLE = 500  # evenly spaced images of a larger split, or fewer if they have more bytes
 WEIGHED = 32  # evenly spaced images, whose sizes tell how large the others are
 SHOWN = 10  # bad images that a message names
 SLOW_IMAGES = 500  # from which it is worth to show how far it is
