@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnet.data.class_names import outputs_of, read
+from flax_resnet.data.class_names import in_order, outputs_of, read
 from flax_resnet.errors import ConfigError
 
 FORMS = {
@@ -56,3 +56,10 @@ def test_a_class_must_be_one_output() -> None:
         outputs_of(["hen", "fork", "spoon"], names, "it")
     with pytest.raises(ConfigError, match=r"crane is the name of several .*, by it \(0, 2\)"):
         outputs_of(["crane"], names, "it")
+
+
+def test_the_same_names_in_another_order_are_found() -> None:
+    """Such as a network's own names, which need not be sorted as folders are."""
+    assert in_order(["a", "b", "c"], ["c", "a", "b"]) == [1, 2, 0]
+    assert in_order(["a", "b"], ["a", "b"]) is None
+    assert in_order(["a", "b"], ["a", "c"]) is None

@@ -195,13 +195,15 @@ def chosen_outputs(network: Subject) -> list[int] | None:
     if CLASS_NAMES.value is not None:
         path, number = CLASS_NAMES.value, network.config.model.num_classes
         return class_names.outputs_of(classes, class_names.read(path, number), str(path))
-    if network.classes is not None and set(network.classes) != set(classes):
+    if network.classes is None:
+        return None
+    if set(network.classes) != set(classes):
         first = ", ".join(network.classes[:3])
         print(
             f"warning: the network's classes have other names ({first}, ...) than the images' "
             f"({', '.join(classes[:3])}, ...); they are taken to be the same in that order"
         )
-    return None
+    return class_names.in_order(classes, network.classes)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,10 @@ def main(*names: str) -> None:
     network = subject.read(path, READING, check, None, with_view, tell)
     config, titles = network.config, class_titles(network)
     data = config.data
+    resize, crop, _ = data.view
     tell(
-        f"{network.title}, preprocess {data.preprocess.value}, resize {data.resize}, "
-        f"crop {data.crop}, {data.interpolation.value}"
+        f"{network.title}, preprocess {data.preprocess.value}, resize {resize}, crop {crop}, "
+        f"{data.interpolation.value}"
     )
     shown = Network(
         *(abstract(config.model)[0], network.params, network.batch_stats, network.normalization),

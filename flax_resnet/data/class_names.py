@@ -105,5 +105,14 @@ def outputs_of(classes: Sequence[str], names: Sequence[Names], source: str) -> l
     return [output for (output,) in found]
 
 
+def in_order(classes: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
+    """Which output stands for each class of a data set, where both have the same names.
+
+    None if their order is the same, or their names are not.
+    """
+    is_other = list(classes) != list(theirs) and sorted(classes) == sorted(theirs)
+    return [list(theirs).index(name) for name in classes] if is_other else None
+
+
 def spelled(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").split())

@@ -43,8 +43,8 @@ class Images(ABC):
         except (OSError, BadImageError) as e:
             reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
             raise DatasetError(
-                f"{self.name(index)} cannot be read ({reason}); mend it, remove it, or let it be "
-                "left out with --config.data.allow_bad=1"
+                f"{self.name(index)} cannot be read ({reason}): mend it, and the same command goes "
+                "on; a new run can leave it out, with --config.data.allow_bad=1"
             ) from e
 
 
