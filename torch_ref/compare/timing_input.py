@@ -85,7 +85,7 @@ class Rate(NamedTuple):
 
 
 def write_photos(photos: Path, root: Path, number: int) -> None:
-    """Makes DIR/train/CLASS/*.jpg from parts of other photographs, of the size of ImageNet's."""
+    """Makes JPEGs in DIR/train/CLASS/, of ImageNet's size, from parts of other photographs."""
     found = sorted(x for x in photos.rglob("*") if x.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not found:
         raise ConfigError(f"--photos must be a folder with photographs, got {photos}")
