@@ -40,8 +40,7 @@ CONFIG = DataConfig()
 MIXED = DataConfig(mixup=0.5, cutmix=1.0)
 SHARES = (0.513573, 0.6875, 0.047428608, 0.44653258)  # of MIXED, seed 1, steps 0 to 3
 BOXES = ((0, 0, 0, 0), (8, 0, 28, 16), (0, 0, 0, 0), (0, 0, 0, 0))
-NAMED = [one for one in Preprocess if one is not Preprocess.CONSTANTS]  # which are given
-every_preprocess = pytest.mark.parametrize("preprocess", NAMED, ids=lambda p: p.value)
+every_preprocess = pytest.mark.parametrize("preprocess", pixels.NAMED, ids=lambda p: p.value)
 COLOUR = [[-0.011574434, -0.014741344, -0.0180803]]  # seed 1, step 2
 OFFSETS = [(down, right) for down in range(9) for right in range(9)]
 
@@ -471,7 +470,7 @@ def test_a_mutant_mixes_something_else(mutant: Callable, monkeypatch: pytest.Mon
     assert max(apart) > 1
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0])
+@pytest.mark.parametrize("alpha", [pytest.param(0.2, marks=pytest.mark.slow), 1.0])
 def test_shares_are_betas_and_centres_uniform(
     alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

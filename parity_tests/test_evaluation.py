@@ -145,7 +145,8 @@ def distances(config: ResNetConfig) -> np.ndarray:
 @pytest.mark.parametrize(
     ("depth", "shortcut"),
     [
-        pytest.param(20, Shortcut.C, id="20-C"),
+        pytest.param(8, Shortcut.C, id="8-C"),
+        pytest.param(20, Shortcut.C, id="20-C", marks=pytest.mark.slow),
         pytest.param(56, Shortcut.A, id="56-A", marks=pytest.mark.slow),
     ],
 )

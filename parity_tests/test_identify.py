@@ -88,7 +88,7 @@ def tinted() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def constants() -> dict[str, pixels.Normalization]:
-    return {x.value: pixels.make_normalization(x, tinted()[0]) for x in Preprocess}
+    return {x.value: pixels.make_normalization(x, tinted()[0]) for x in pixels.NAMED}
 
 
 def read_trained(name: str) -> Read:
@@ -412,7 +412,7 @@ def test_published_checkpoints(
     photographs: np.ndarray,
 ) -> None:
     state = files.read(need_checkpoint(name, "see test_published_weights.py")).state_dict
-    known = {x.value: pixels.make_normalization(x, photographs) for x in Preprocess}
+    known = {x.value: pixels.make_normalization(x, photographs) for x in pixels.NAMED}
     read = functools.partial(from_state_dict, state)
     result = identify(read, few(photographs), known, {"epsilon": 1e-5})
     truth = {

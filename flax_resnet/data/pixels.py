@@ -20,6 +20,8 @@ from flax_resnet.data.order import Draw, Mix
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 FROM_TRAINING_IMAGES = (Preprocess.MEAN_IMAGE, Preprocess.STANDARDIZE)
+# Preprocessings whose constants are no settings.
+NAMED = tuple(one for one in Preprocess if one is not Preprocess.CONSTANTS)
 
 
 class Batch(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 
 from flax_resnet.config import DataConfig, Preprocess
 from flax_resnet.data import source
-from flax_resnet.data.pixels import Normalization, make_normalization
+from flax_resnet.data.pixels import NAMED, Normalization, make_normalization
 from flax_resnet.errors import ConfigError
 from flax_resnet.settings import as_given
 from flax_resnet.weights.identify import (
@@ -58,8 +58,7 @@ def material(config: DataConfig, number: int = NUM_IMAGES) -> Material:
     """
     config = DataConfig(name=config.name, dir=config.dir)
     image = source.sample(config, source.load(config, ("train",))["train"], MOST_IMAGES)
-    known = [x for x in Preprocess if x is not Preprocess.CONSTANTS]
-    constants = {x.value: make_normalization(x, image) for x in known}
+    constants = {x.value: make_normalization(x, image) for x in NAMED}
     chosen = np.linspace(0, len(image) - 1, min(number, len(image))).astype(int)
     return Material(image[chosen], constants, config.name.value)
 
