@@ -20,6 +20,7 @@ from flax_resnet.setting_flags import SettingParser
 from flax_resnet.shipped import COMMANDS
 
 ROOT = Path(__file__).parent.parent
+WITHOUT_FLAGS = ("check_data.py",)  # of its own
 WITH_SETTINGS = [
     "benchmark.py",
     "check_data.py",
@@ -140,7 +141,8 @@ def help_of(*names: str) -> dict[str, str]:
     )
     for name, page in pages.items():
         doc = ast.get_docstring(ast.parse((ROOT / "scripts" / name).read_text()))
-        assert page.startswith(f"{doc}\n\nFlags:\n  --")
+        flags = "" if name in WITHOUT_FLAGS else "Flags:\n  --"
+        assert page.startswith(f"{doc}\n\n{flags}")
         shown = [path for path, _, _ in LINE.findall(page)]
         assert set(shown) <= leaves(Experiment()).keys()
         assert len(shown) == len(set(shown))

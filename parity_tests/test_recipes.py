@@ -46,7 +46,7 @@ from flax_resnet.errors import ConfigError
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.parallel import sharding
 from flax_resnet.step import Batch, Metrics, Program, TrainState, init, micro_batches, train_step
-from flax_resnet.training import loop
+from flax_resnet.training import feed, loop
 from flax_resnet.training.checkpoint import digest
 from flax_resnet.training.workdir import open_run
 from flax_resnet.weights.trees import momentum_to_torch, tree_to_torch
@@ -289,7 +289,7 @@ def run(
     state, on_device = sharding.replicate(mesh, (state, examples()))
     at, text = 0, ""
     for size in sizes:
-        drawn = loop.draw_steps(config, at, size, len(examples().label))
+        drawn = feed.draw_steps(config, at, size, len(examples().label))
         drawn = sharding.split_batch(mesh, drawn, config.parallel, axis=1)
         text = text or call.lower(state, on_device, drawn).compile().as_text()
         state, _ = call(state, on_device, drawn)

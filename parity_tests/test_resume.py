@@ -99,6 +99,7 @@ def test_the_checkpoint_evaluates_to_the_runs_own_error(whole: Path, at: Path) -
     run = subprocess.run(script, capture_output=True, text=True, env=environment(at), check=True)
     result = json.loads(run.stdout.splitlines()[-1])
     summary = json.loads((whole / "summary.json").read_text())
+    assert 0 <= result.pop("top5_error") <= result["test_error"]
     assert result == {
         "test_error": summary["test_error"],
         "test_loss": summary["test_loss"],

@@ -34,7 +34,7 @@ RUNS = {
     "bad_record": 4,
     "lost_image": 2,
     "killed_decoder": 1,
-    "compilation_cache": 3,
+    "compilation_cache": 1,
     "long_run": 1,
 }
 
