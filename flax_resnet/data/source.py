@@ -23,7 +23,7 @@ Split = Examples | Images
 
 CIFAR = {Dataset.CIFAR10: cifar.CIFAR10, Dataset.CIFAR100: cifar.CIFAR100}
 SPLITS = ("train", "test", "validation")
-RESIDENT_BYTES = 2**30  # the most that a split may take to be resident without being told
+RESIDENT_BYTES = 2**28  # the most that a split may take to be resident without being told
 STATISTICS_IMAGES = 2000  # photographs whose mean and deviation are taken
 SLOW_IMAGES = 500  # from which it is worth to show how far their decoding is
 
