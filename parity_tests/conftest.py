@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker uses what its parent mad
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # after the lines above: it reads the environment
+
+from faults import bad_images
 
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # as in `cli.run`
 
@@ -52,3 +55,11 @@ def types_of_64_bits() -> Iterator[None]:
     """On again after a test that called a command, which switches them off for float32."""
     yield
     jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of good images by class, and a cache of its own for what is known of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bad_images.write(tmp_path / "images")
+    return tmp_path / "images"

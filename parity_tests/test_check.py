@@ -21,14 +21,6 @@ from flax_resnet.errors import DatasetError
 SIZE = len(CLASSES) * PER_CLASS  # images of a split
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of good images."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    bad_images.write(tmp_path / "images")
-    return tmp_path / "images"
-
-
 def settings(root: Path, allow_bad: int = 0) -> DataConfig:
     where = {"name": Dataset.FOLDER, "dir": str(root), "placement": Placement.STREAMED}
     return DataConfig(**where, allow_bad=allow_bad, threads=2)

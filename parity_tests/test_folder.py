@@ -15,13 +15,6 @@ from flax_resnet.data_config import DataConfig, Dataset
 from flax_resnet.errors import ConfigError, DatasetError
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    bad_images.write(tmp_path / "images")
-    return tmp_path / "images"
-
-
 def settings(root: Path, **more: object) -> DataConfig:
     return DataConfig(name=Dataset.FOLDER, dir=str(root), resize=24, crop=20, **more)
 

@@ -16,7 +16,6 @@ import psutil
 import pytest
 from jax.sharding import Mesh
 
-from faults import bad_images
 from flax_resnet.config import Experiment, Parallel
 from flax_resnet.data import digits, order, source, stream, views
 from flax_resnet.data.encoded import Arrays, Images
@@ -33,13 +32,6 @@ from parity_tests.mutants import one_by_default
 BATCH, STEPS = 8, 5
 MUTANTS = "other place", "other image mixed in", "label of its index"
 MIXED: dict[str, Any] = {"mixup": 0.5, "cutmix": 1.0}
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    bad_images.write(tmp_path / "images")
-    return tmp_path / "images"
 
 
 def photographs(root: Path, **more: Any) -> DataConfig:

@@ -16,7 +16,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Int, UInt8
 
@@ -144,6 +143,8 @@ def evaluation(
 
 
 def batches(slots: Slots) -> Generator[UInt8[np.ndarray, "b h w 3"]]:
+    import grain  # which takes a second, and a resident run does without
+
     config, size = slots.config, len(slots.places)
     ahead = min(BATCHES_AHEAD * size, MOST_BYTES_AHEAD // (3 * config.side**2))
     with workers(slots) as pool:
