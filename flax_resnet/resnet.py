@@ -9,7 +9,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -29,6 +28,7 @@ from flax_resnet.config import (
 from flax_resnet.errors import ConfigError
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.convolution import Conv
+from flax_resnet.nn.pooling import MaxPool
 from flax_resnet.nn.scan import Scan, Tree, rematerialized
 
 Layer = Callable[[Array], Array]
@@ -169,17 +169,6 @@ class Bottleneck(nnx.Module):
 
 
 BLOCKS = {Block.BASIC: BasicBlock, Block.BOTTLENECK: Bottleneck}
-
-
-class MaxPool(nnx.Module):
-    """The largest of 3x3 pixels, at every second, with one row of padding on each side.
-
-    As PyTorch pads; "SAME" would pad (0, 1) where the image's size is even.
-    """
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        padding = ((0, 0), (1, 1), (1, 1), (0, 0))
-        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
 
 class ZeroPad(nnx.Module):

@@ -27,6 +27,7 @@ from flax_resnet import resnet
 from flax_resnet.config import DType, ResNetConfig, Shortcut
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.cpu import compiler_options
+from flax_resnet.nn.pooling import MaxPool
 from parity_tests.mutants import one_by_default
 from parity_tests.pair import (
     LARGE,
@@ -216,10 +217,10 @@ def test_a_mutant_block_is_found_by_its_output(monkeypatch: pytest.MonkeyPatch) 
 def same_max_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorFlow's padding: at an even size (0, 1)."""
 
-    def mutant(self: resnet.MaxPool, x: jax.Array) -> jax.Array:
+    def mutant(self: MaxPool, x: jax.Array) -> jax.Array:
         return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
 
-    monkeypatch.setattr(resnet.MaxPool, "__call__", mutant)
+    monkeypatch.setattr(MaxPool, "__call__", mutant)
 
 
 def stride_on_the_1x1(monkeypatch: pytest.MonkeyPatch) -> None:

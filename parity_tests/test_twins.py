@@ -26,7 +26,6 @@ ONE_SIDED = {  # and why; a class or function stands for all that is in it
     "resnet": {
         "ResNet.remat": "the twin never computes a block again",
         "Identity": "PyTorch has one",
-        "MaxPool": "PyTorch has one",
         "compute_dtype": "in PyTorch bfloat16 is autocast's business",
         "split": STATE,
         "abstract": STATE,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_resnet.config import ResNetConfig
-from flax_resnet.resnet import MaxPool, ResNet, check_images
+from flax_resnet.nn.pooling import MaxPool
+from flax_resnet.resnet import ResNet, check_images
 
 Size = tuple[int, int]
 
