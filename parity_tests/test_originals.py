@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import flax_resnet
 from flax_resnet.config import Shortcut, Stride
@@ -42,7 +43,7 @@ def difference(depth: int, size: int, stride: Stride = Stride.CONV3X3) -> float:
     image = np.random.default_rng(0).normal(size=(2, size, size, 3))
     with torch.no_grad():
         expected = theirs(torch.tensor(image).permute(0, 3, 1, 2)).numpy()
-    found = np.asarray(jax.jit(lambda x: ours(x))(jnp.asarray(image)))
+    found = np.asarray(nnx.jit(lambda model, x: model(x))(ours, jnp.asarray(image)))
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
