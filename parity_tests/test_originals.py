@@ -7,7 +7,6 @@ knows nothing of this project, so it shares no mistake with the twin.
 The odd image size puts max-pool's padding to the test, and the strides of all stages.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Claim: two processes of two devices train as one process of four, and stop and resume as one.
+"""Claim: several processes train as one process of all their devices, and stop and resume as one.
 
 Real processes that meet over the loopback, float64, ResNet-8 on the digits. The logged loss is a
 float32 sum, so it is compared to one rounding of float32 (equal to the bit when measured); the
@@ -33,6 +33,7 @@ from flax_resnet.training.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
+SECONDS_TO_STOP = 30  # when another process is gone
 
 
 def free_port() -> int:
@@ -42,7 +43,13 @@ def free_port() -> int:
 
 
 def start(
-    workdir: Path, port: int, process_id: int, *more: str, at: Path | None = None
+    workdir: Path,
+    port: int,
+    process_id: int,
+    *more: str,
+    at: Path | None = None,
+    num_processes: int = 2,
+    devices: int = 2,
 ) -> subprocess.Popen[str]:
     flags = [
         f"--config={ROOT / 'configs/quickstart.py'}",
@@ -55,7 +62,7 @@ def start(
         "--config.model.dtype=float64",
         f"--workdir={workdir}",
         f"--coordinator=127.0.0.1:{port}",
-        "--num_processes=2",
+        f"--num_processes={num_processes}",
         f"--process_id={process_id}",
         *more,
     ]
@@ -64,7 +71,7 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         cwd=at,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)},
     )
 
 
@@ -123,26 +130,53 @@ def test_the_two_lose_what_the_one_loses(
 
 
 @pytest.mark.slow
-def test_streamed_photographs_too_each_process_decoding_its_share(tmp_path: Path) -> None:
-    """With mixtures, so that a process also needs the image before its first one."""
-    bad_images.write(tmp_path / "images")
-    settings = {"name": "folder", "dir": tmp_path / "images", "resize": 24, "crop": 20}
-    settings |= {"preprocess": "standardize", "mixup": 0.5, "cutmix": 0.5, "threads": 2}
-    more = [f"--config.data.{name}={value}" for name, value in settings.items()]
-    more += ["--config.model.num_classes=3", "--config.train.batch_size=8"]
-    port, workdir = free_port(), tmp_path / "two"
-    both = [start(workdir, port, i, *more, "--config.data.placement=streamed") for i in range(2)]
-    errors = [process.communicate(timeout=240)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+def test_of_eight_one_is_killed_and_all_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    """Streamed photographs, of which each process decodes its share, on one device each.
+
+    With mixtures, so that a process also needs the image before its first one.
+    """
+    more = [*photographs(tmp_path / "images"), "--config.data.placement=streamed"]
+    more += ["--config.train.checkpoint_every=2"]
+    workdir = tmp_path / "eight"
+
+    def start_all() -> list[subprocess.Popen[str]]:
+        port = free_port()
+        return [start(workdir, port, i, *more, num_processes=8, devices=1) for i in range(8)]
+
+    processes = start_all()
+    deadline = time.monotonic() + 240
+    while len(rows(workdir)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    processes[5].kill()
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    errors = [process.communicate(timeout=deadline - time.monotonic())[1] for process in processes]
+    assert 0 not in [process.returncode for process in processes], errors
+    assert 4 <= len(rows(workdir)) < STEPS
+    processes = start_all()
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, errors
     for name in ("confusion.png", "mistakes.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
-    fit_on(4, tmp_path / "one", like=workdir)
+    fit_on(8, tmp_path / "one", like=workdir)
     np.testing.assert_allclose(
         losses(workdir), losses(tmp_path / "one"), rtol=np.finfo(np.float32).eps
     )
-    like = jax.eval_shape(lambda: init(read_config(workdir))[1])
-    two, one = (load_state(path, like, STEPS) for path in (workdir, tmp_path / "one"))
-    for a, b in zip(jax.tree.leaves(two.params), jax.tree.leaves(one.params), strict=True):
+    check_same_end(workdir, tmp_path / "one")
+
+
+def photographs(folder: Path) -> list[str]:
+    """Writes a folder of small images; the flags of a run on them."""
+    bad_images.write(folder)
+    settings = {"name": "folder", "dir": folder, "resize": 24, "crop": 20}
+    settings |= {"preprocess": "standardize", "mixup": 0.5, "cutmix": 0.5, "threads": 2}
+    flags = [f"--config.data.{name}={value}" for name, value in settings.items()]
+    return [*flags, "--config.model.num_classes=3"]
+
+
+def check_same_end(ours: Path, theirs: Path) -> None:
+    like = jax.eval_shape(lambda: init(read_config(ours))[1])
+    several, one = (load_state(path, like, STEPS) for path in (ours, theirs))
+    for a, b in zip(jax.tree.leaves(several.params), jax.tree.leaves(one.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(b).max())
 
 

@@ -27,6 +27,7 @@ from flax_resnet.parallel.launcher import FLAGS, Place
 from flax_resnet.parallel.meeting import Patience, meet
 
 PATIENCE = Patience()
+SECONDS_TO_NOTICE = 20  # that a process sends no sign of life any more: JAX's are 100
 SECONDS_TO_LEAVE = 10  # after the last collective act, which all have been through
 
 
@@ -64,6 +65,7 @@ def start(
             # JAX's own detection would take one of the GPUs; flags say nothing of devices.
             cluster_detection_method="deactivate" if place else None,
             initialization_timeout=int(PATIENCE.to_meet),
+            heartbeat_timeout_seconds=SECONDS_TO_NOTICE,
             shutdown_timeout_seconds=SECONDS_TO_LEAVE,
         )
     except (RuntimeError, ValueError, OSError) as e:
