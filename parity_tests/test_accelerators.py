@@ -1,18 +1,22 @@
 """Claim: the program written for GPUs and TPUs is the CPU's but for the CPU's cures.
 
-No such device is at hand where the tests run. So the library is told that it is on one: the program
-it then writes is run on the CPU, in float64 (tolerance 1e-12 of each tensor's largest value; found
+No such device is at hand where the tests run. So the library is told that it writes for one: the
+program is then run on the CPU, in float64 (tolerance 1e-12 of each tensor's largest value; found
 1.1e-14), and lowered for CUDA and for TPU, as far as the hardware's own compiler.
 """
 
 import re
+from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from flax_resnet.config import DType, Experiment, ResNetConfig, Shortcut
 from flax_resnet.data import digits, pixels
+from flax_resnet.nn import cpu
 from flax_resnet.parallel import sharding
 from flax_resnet.step import init
 from flax_resnet.training.feed import draw_steps
@@ -37,11 +41,38 @@ def prepare(model: ResNetConfig, size: int) -> tuple:
     return call, (state, examples, sharding.split_batch(mesh, drawn, config.parallel, axis=1))
 
 
+@pytest.mark.parametrize("kind", ["cpu", "TPU v5 lite"])
+def test_the_mesh_says_what_a_program_is_for(kind: str) -> None:
+    """Wherever in the program it is asked, and also where JAX has no such device."""
+    around = sharding.data_mesh().abstract_mesh
+    around = around.update(abstract_device=replace(around.abstract_device, device_kind=kind))
+    found: list[bool] = []
+
+    def ask(x: jax.Array, *_: object) -> tuple[jax.Array, None]:
+        found.append(cpu.on_cpu())
+        return x * x, None
+
+    def program(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(jax.checkpoint(ask), x, None, length=2)[0].sum()
+
+    @partial(jax.shard_map, mesh=around, in_specs=P(), out_specs=P())
+    def on_each(x: jax.Array) -> jax.Array:
+        return ask(x)[0]
+
+    with jax.sharding.use_abstract_mesh(around):
+        jax.eval_shape(jax.jit(jax.grad(program)), np.ones(8))
+        ask(np.ones(8))
+        assert len(found) >= 2
+        jax.eval_shape(jax.jit(on_each), np.ones(8))
+    assert set(found) == {kind == "cpu"}
+    assert cpu.on_cpu()  # as JAX's own devices are
+
+
 def test_the_accelerators_program_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ResNetConfig(8, Shortcut.B, dtype=DType.FLOAT64)
     texts, results = [], []
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+    for is_cpu in (True, False):
+        monkeypatch.setattr(cpu, "on_cpu", lambda mesh=None, is_cpu=is_cpu: is_cpu)
         call, arguments = prepare(model, 3)
         texts.append(call.lower(*arguments).as_text())
         results.append(jax.device_get(call(*arguments)))
@@ -59,7 +90,7 @@ def test_the_accelerators_program_computes_the_same(monkeypatch: pytest.MonkeyPa
 def test_the_program_lowers(
     platform: str, scan_blocks: bool, dtype: DType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(cpu, "on_cpu", lambda mesh=None: False)
     depth = 20 if scan_blocks else 8
     model = ResNetConfig(depth, dtype=dtype, scan_blocks=scan_blocks, remat=scan_blocks)
     call, arguments = prepare(model, 2)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
@@ -147,12 +146,17 @@ def batches(config: Experiment, devices: int, is_resident: bool) -> list[Batch]:
     with contextlib.closing(feed):
         for step, size in ((0, 1), (1, 2)):
             dealt = feed.deal(step, size)
-            like = jax.tree.map(jnp.shape, feed.like(size))
-            assert like == jax.tree.map(jnp.shape, dealt)
+            like, given = (jax.tree.map(kind, x) for x in (feed.like(size), dealt))
+            assert like == given
             for i in range(size):
                 batch = call(feed.constant, of_step(dealt, i, config.parallel))
                 found.append(jax.tree.map(np.asarray, batch))
     return found
+
+
+def kind(x: Any) -> tuple[Any, ...]:
+    """What the compiler knows of an array."""
+    return x.shape, x.dtype, x.sharding
 
 
 def of_step(dealt: Any, i: int, parallel: Parallel) -> Any:

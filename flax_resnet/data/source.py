@@ -115,18 +115,7 @@ def left(config: DataConfig, size: int) -> int:
 def placed(config: DataConfig, split: str, found: Split) -> Split:
     """A split as `config.placement` wants it, which None leaves to its size."""
     view = config.view
-    is_drawn = split == "train" and view.train_crop in (Crop.RANDOM_RESIZED, Crop.SCALE_JITTER)
-    bytes_ = len(found.label) * 3 * config.side**2
-    placement = config.placement
-    if placement is Placement.RESIDENT and is_drawn:
-        raise ConfigError(
-            "data.placement must be streamed with a data.train_crop that cuts each image from its "
-            f"own size ({view.train_crop.value}), got resident; pad and centre can be resident"
-        )
-    if placement is None:
-        is_large = is_drawn or bytes_ > RESIDENT_BYTES
-        placement = Placement.STREAMED if is_large else Placement.RESIDENT
-    if placement is Placement.STREAMED:
+    if placement(config, split, len(found.label)) is Placement.STREAMED:
         is_array = isinstance(found, Examples)
         return Arrays(found, f"{config.name.value}'s {split} split") if is_array else found
     if isinstance(found, Examples):
@@ -134,6 +123,21 @@ def placed(config: DataConfig, split: str, found: Split) -> Split:
             return found
         found = Arrays(found, f"{config.name.value}'s {split} split")
     return Examples(evaluation_views(config, found, range(len(found)), split), found.label)
+
+
+def placement(config: DataConfig, split: str, size: int) -> Placement:
+    """Where the images of a split of that size are. Raises ConfigError if they cannot be there."""
+    view = config.view
+    is_drawn = split == "train" and view.train_crop in (Crop.RANDOM_RESIZED, Crop.SCALE_JITTER)
+    if config.placement is Placement.RESIDENT and is_drawn:
+        raise ConfigError(
+            "data.placement must be streamed with a data.train_crop that cuts each image from its "
+            f"own size ({view.train_crop.value}), got resident; pad and centre can be resident"
+        )
+    if config.placement is None:
+        is_large = is_drawn or size * 3 * config.side**2 > RESIDENT_BYTES
+        return Placement.STREAMED if is_large else Placement.RESIDENT
+    return config.placement
 
 
 def evaluation_views(

@@ -17,6 +17,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from flax_resnet.nn import cpu
+
 Image = Float[Array, "b h w c_in"]
 Result = Float[Array, "b h2 w2 c_out"]
 Kernel = Float[Array, "kh kw c_in c_out"]
@@ -61,7 +63,7 @@ def conv_general_dilated(
     On the CPU an ordinary convolution of images (see `is_ordinary`) has the gradients below, which
     are reverse-mode only. Any other convolution has JAX's own.
     """
-    if jax.default_backend() != "cpu" or not is_ordinary(x, kernel, **options):
+    if not cpu.on_cpu() or not is_ordinary(x, kernel, **options):
         return lax.conv_general_dilated(
             x,
             kernel,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import Mesh
 
 CompilerOptions = dict[str, str | bool]
 
@@ -19,9 +20,21 @@ left_out: set[str] = set()  # for a benchmark to show what a cure is worth
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
-def applies(cure: str) -> bool:
-    """Whether this is a CPU and the cure is not left out."""
-    return jax.default_backend() == "cpu" and cure not in left_out
+def on_cpu(mesh: Mesh | None = None) -> bool:
+    """Whether it is for CPUs that a program is written.
+
+    Args:
+        mesh: whose devices it is for; by default those of the mesh around the code that is traced,
+            which need not be there, and without one JAX's own.
+    """
+    around = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+    device = around.abstract_device
+    return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"
+
+
+def applies(cure: str, mesh: Mesh | None = None) -> bool:
+    """Whether the program is for CPUs (see `on_cpu`) and the cure is not left out."""
+    return on_cpu(mesh) and cure not in left_out
 
 
 def materialized(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,14 +57,14 @@ def materialized(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def compiler_options() -> CompilerOptions:
-    """Options for the outermost `jax.jit` around a network.
+def compiler_options(mesh: Mesh | None = None) -> CompilerOptions:
+    """Options for the outermost `jax.jit` around a network, for the mesh's devices or JAX's own.
 
     jax 0.10 gives float32 convolutions to a library that runs on one thread; kept for reductions
     only, it leaves them to the faster one. jax 0.12 needs it no more, float64 never did.
     """
     is_needed = jax.__version_info__ < (0, 11) and not jax.config.read("jax_enable_x64")
-    if not applies("compiler_options") or not is_needed:
+    if not applies("compiler_options", mesh) or not is_needed:
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 

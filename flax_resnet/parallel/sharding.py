@@ -54,6 +54,23 @@ def split_batch(mesh: Mesh, tree: Any, parallel: Parallel = Parallel.JIT, axis: 
     return _put(tree, batch_sharding(mesh, axis))
 
 
+def replicated_like(mesh: Mesh, tree: Any) -> Any:
+    """As `replicate`, for the compiler: shapes and places without contents, of arrays or such."""
+    return _like(tree, NamedSharding(mesh, P()))
+
+
+def split_like(mesh: Mesh, tree: Any, parallel: Parallel = Parallel.JIT, axis: int = 0) -> Any:
+    """As `split_batch`, for the compiler."""
+    if parallel is Parallel.PMAP:
+
+        def parts(x: Any) -> jax.ShapeDtypeStruct:
+            shape = mesh.size, *x.shape[:axis], x.shape[axis] // mesh.size, *x.shape[axis + 1 :]
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        return _like(jax.tree.map(parts, tree), NamedSharding(mesh, P(AXIS)))
+    return _like(tree, batch_sharding(mesh, axis))
+
+
 def local_places(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which examples of a batch go to the devices of this process, in rising order."""
     found = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_size,))
@@ -112,7 +129,7 @@ def compile_step(
         on_mesh,
         out_shardings=NamedSharding(mesh, P()),
         donate_argnums=0,
-        compiler_options=compiler_options(),
+        compiler_options=compiler_options(mesh),
     )
 
 
@@ -123,6 +140,10 @@ def put(x: Any, sharding: Sharding) -> jax.Array:
         return jax.device_put(x, sharding, may_alias=False)
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index].copy())
+
+
+def _like(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _put(tree: Any, sharding: NamedSharding) -> Any:

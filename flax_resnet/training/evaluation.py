@@ -69,18 +69,27 @@ class Evaluation:
         """Compiles what evaluates so many examples, which else the first evaluation does.
 
         Args:
-            params, batch_stats: on the devices as they will be.
+            params, batch_stats, examples: on the devices as they will be, or what is like them.
         """
+        compiled = self.lower(params, batch_stats, examples).compile()
+        if isinstance(examples, Images):
+            self.streamed_step = compiled
+        else:
+            self.compiled[len(examples.label)] = compiled
+
+    def lower(
+        self, params: Tree, batch_stats: Tree, examples: Examples | Images
+    ) -> jax.stages.Lowered:
+        """What `compile` compiles."""
+        total = sharding.replicated_like(self.mesh, jax.eval_shape(Metrics.zeros))
+        label = jax.ShapeDtypeStruct((self.batch_size,), np.int32)
         if isinstance(examples, Images):
             side = self.data.side
-            image = np.zeros((len(self.places), side, side, 3), np.uint8)
-            part = self.put(image, 0, examples)
-            lowered = self.streamed_step.lower(self.zeros(), (params, batch_stats), part)  # pyright: ignore
-            self.streamed_step = lowered.compile()
-            return
-        constant = params, batch_stats, examples
-        lowered = self.step.lower(self.zeros(), constant, self.index(0, examples))  # pyright: ignore
-        self.compiled[len(examples.label)] = lowered.compile()
+            image = jax.ShapeDtypeStruct((self.batch_size, side, side, 3), np.uint8)
+            part = sharding.split_like(self.mesh, Seen(image, label))
+            return self.streamed_step.lower(total, (params, batch_stats), part)  # pyright: ignore
+        part = sharding.split_like(self.mesh, label)
+        return self.step.lower(total, (params, batch_stats, examples), part)  # pyright: ignore
 
     def __call__(
         self,

@@ -31,7 +31,8 @@ class Resident:
 
     def like(self, size: int) -> Draw:
         """Arrays such as `deal` returns, for the compiler."""
-        return self.deal(0, size)
+        drawn = like_steps(self.config, size, len(self.constant.label))
+        return sharding.split_like(self.mesh, drawn, self.config.parallel, axis=1)
 
     def close(self) -> None:
         """Ends what goes on beside the run: nothing."""
@@ -97,9 +98,12 @@ class Stream:
 
     def like(self, size: int) -> Streamed:
         """As of `Resident`."""
-        side = self.config.data.side
-        image = np.zeros((size, len(self.filled()), side, side, 3), np.uint8)
-        return self.put(draw_steps(self.config, 0, size, len(self.images)), image)
+        drawn = like_steps(self.config, size, len(self.images))
+        places = size, self.config.train.batch_size
+        image = jax.ShapeDtypeStruct((*places, *[self.config.data.side] * 2, 3), np.uint8)
+        images = Seen(image, jax.ShapeDtypeStruct(places, self.images.label.dtype))
+        streamed = Streamed(drawn, images, None if drawn.mix is None else images)
+        return sharding.split_like(self.mesh, streamed, self.config.parallel, axis=1)
 
     def close(self) -> None:
         """Ends the decoding."""
@@ -135,3 +139,9 @@ def draw_steps(config: Experiment, step: int, size: int, num_examples: int) -> D
         for s in range(step, step + size)
     ]
     return jax.tree.map(lambda *parts: np.stack(parts), *draws)
+
+
+def like_steps(config: Experiment, size: int, num_examples: int) -> Draw:
+    """Arrays such as `draw_steps` returns, for the compiler."""
+    drawn = draw_steps(config, 0, 1, num_examples)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), drawn)
