@@ -22,6 +22,7 @@ COMMANDS = {
     "identify": "identify",
     "export": "export",
     "describe": "describe",
+    "compile-for": "compile_for",
     "check-data": "check_data",
     "plot": "plot",
     "reproduce": "reproduce",

@@ -25,6 +25,7 @@ WITH_SETTINGS = [
     "benchmark.py",
     "check_data.py",
     "convert.py",
+    "compile_for.py",
     "describe.py",
     "evaluate.py",
     "identify.py",

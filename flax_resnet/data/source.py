@@ -191,6 +191,11 @@ def check_network(config: DataConfig, model: ResNetConfig) -> None:
             f"model.num_classes must be {classes}, the classes of {config.name.value}, got "
             f"{given}; a network for them has --config.model.num_classes={classes}"
         )
+    check_channels(model)
+
+
+def check_channels(model: ResNetConfig) -> None:
+    """Raises ConfigError for a network of other channels than the images have."""
     rule = "3, as the images of every data set have"
     require(model.image_channels == 3, "model.image_channels", rule, model.image_channels)
 

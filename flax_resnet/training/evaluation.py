@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +83,10 @@ class Evaluation:
     ) -> jax.stages.Lowered:
         """What `compile` compiles."""
         total = sharding.replicated_like(self.mesh, jax.eval_shape(Metrics.zeros))
-        label = jax.ShapeDtypeStruct((self.batch_size,), np.int32)
+        label: Any = jax.ShapeDtypeStruct((self.batch_size,), np.int32)
         if isinstance(examples, Images):
             side = self.data.side
-            image = jax.ShapeDtypeStruct((self.batch_size, side, side, 3), np.uint8)
+            image: Any = jax.ShapeDtypeStruct((self.batch_size, side, side, 3), np.uint8)
             part = sharding.split_like(self.mesh, Seen(image, label))
             return self.streamed_step.lower(total, (params, batch_stats), part)  # pyright: ignore
         part = sharding.split_like(self.mesh, label)

@@ -1,6 +1,7 @@
 """How the training images come to the devices: once and for all, or step by step as they stream."""
 
 from collections.abc import Generator
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,8 +101,9 @@ class Stream:
         """As of `Resident`."""
         drawn = like_steps(self.config, size, len(self.images))
         places = size, self.config.train.batch_size
-        image = jax.ShapeDtypeStruct((*places, *[self.config.data.side] * 2, 3), np.uint8)
-        images = Seen(image, jax.ShapeDtypeStruct(places, self.images.label.dtype))
+        image: Any = jax.ShapeDtypeStruct((*places, *[self.config.data.side] * 2, 3), np.uint8)
+        label: Any = jax.ShapeDtypeStruct(places, self.images.label.dtype)
+        images = Seen(image, label)
         streamed = Streamed(drawn, images, None if drawn.mix is None else images)
         return sharding.split_like(self.mesh, streamed, self.config.parallel, axis=1)
 
