@@ -140,6 +140,20 @@ ENTRY main (x: f32[4]) -> f32[8] {
     assert found.overlapping == 0
 
 
+def test_an_exchange_in_pieces() -> None:
+    """As TPU's compiler cuts one, which runs beside a convolution; a second one is whole."""
+    gather = "f32[8]{0} all-gather(%p), channel_id=7, dimensions={0}"
+    pieces = "".join(
+        f"%piece.{i} (p: f32[4]) -> f32[8] {{\n  ROOT %g.{i} = {gather}\n}}\n" for i in range(3)
+    )
+    calls = "".join(
+        f"  %f.{i} = f32[8]{{0}} fusion(%x), kind=kCustom, calls=%piece.{i}\n" for i in range(3)
+    )
+    other = f"  %other = {gather.replace('=7', '=8')}\n"
+    text = f"{pieces}\nENTRY main (x: f32[4]) -> f32[8] {{\n{calls}{other}}}\n"
+    assert read(text).step.collectives == [Collectives("all-gather", 2, 64, 1)]
+
+
 def test_a_text_that_is_none() -> None:
     with pytest.raises(ValueError, match="ENTRY"):
         read("HloModule empty")
@@ -205,10 +219,10 @@ def test_an_evaluation_has_settings_of_its_own() -> None:
 
 
 def test_micro_batches_stay_equal() -> None:
-    """A device has 18 images in 3 micro-batches; a third fits: 6 images, or 6 micro-batches."""
+    """A device has 18 images in 3 micro-batches, of which 7 fit: 6 images, or 6 micro-batches."""
     config = config_of(8, 36, remat=True, dtype=DType.BFLOAT16)
     config.train.accumulate = 3
-    found = compiling.remedies(config, task("train", 36), 2, 3.0, 1.0)
+    found = compiling.remedies(config, task("train", 36), 2, 18.0, 7.0)
     told = [line.partition(" ")[0] for line in found]
     assert told == ["train.batch_size=12", "train.accumulate=6", "more"]
 
@@ -379,7 +393,7 @@ def test_a_network_is_compiled(tmp_path: Path) -> None:
         "--config.data.name=digits",
         "--config.model.depth=8",
         "--config.train.batch_size=8",
-        "--config.train.steps_per_call=2",
+        "--config.train.log_every=2",  # to which the steps of a call go where it is no CPU
         f"--json={tmp_path / 'found.json'}",
     )
     done = subprocess.run(

@@ -233,24 +233,35 @@ def does_work(lines: Iterable[Instruction]) -> bool:
 
 
 class Tally:
-    """Sums over places."""
+    """Sums over places.
+
+    TPU's compiler cuts an exchange into pieces, in order to compute between them: one in a fusion
+    that starts it, one in another that goes on beside it, and so on. They have one channel.
+    """
 
     def __init__(self) -> None:
         self.cycles = 0.0
-        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        self.exchanges: dict[str, list[Place]] = defaultdict(list)  # by channel
 
     def add(self, place: Place) -> None:
-        self.cycles += place.times * place.instruction.cycles
-        kind = place.instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
-            more = 1, size(place.result), place.is_overlapping
-            for i, x in enumerate(more):
-                self.sums[kind][i] += place.times * x
+        line = place.instruction
+        self.cycles += place.times * line.cycles
+        if line.opcode.removesuffix("-start") in KINDS:
+            channel = re.search(r"channel_id=(\d+)", line.rest)
+            self.exchanges[channel[1] if channel else line.name].append(place)
 
     def portion(self) -> Portion:
-        return Portion(
-            self.cycles, [Collectives(kind, *x) for kind, x in sorted(self.sums.items())]
-        )
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        for places in self.exchanges.values():
+            first = places[0].instruction
+            is_cut = any(place.instruction != first for place in places)
+            for place in places:
+                if place.instruction == first:
+                    of_kind = sums[first.opcode.removesuffix("-start")]
+                    more = 1, size(place.result), is_cut or place.is_overlapping
+                    for i, x in enumerate(more):
+                        of_kind[i] += place.times * x
+        return Portion(self.cycles, [Collectives(kind, *x) for kind, x in sorted(sums.items())])
 
 
 def scaled(portion: Portion, factor: float) -> Portion:

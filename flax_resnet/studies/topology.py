@@ -17,8 +17,8 @@ from flax_resnet.parallel.sharding import AXIS
 GIB = 2**30
 EXAMPLES = "v5e:1x1, v5e:2x4, v5e:16x16, v6e:2x2, v4:2x2x1, v5p:2x2x1 or v5p:4x4x4"
 NAME = re.compile(r"(?P<generation>\w+):[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}")
-# libtpu looks for a machine of Google's unless it is told of one. It would let one process at a time
-# have the TPUs, which here none has.
+# libtpu looks for a machine of Google's unless it is told of one. It lets one process at a time
+# have the TPUs, which none has here.
 SURROUNDINGS = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "cpu",
