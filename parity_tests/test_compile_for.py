@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -382,6 +383,31 @@ def test_a_name_that_the_compiler_does_not_know(monkeypatch: pytest.MonkeyPatch)
     rule = "must be such as v5e:1x1, .*, got 'v9:2x2': Invalid TPU external name: TPU v9$"
     with pytest.raises(ConfigError, match=rule):
         topology.mesh("v9:2x2")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("v5e:16x16", {"chips_per_host_bounds": [2, 2, 1]}),
+        ("v5e:1x2", {"chips_per_host_bounds": [1, 2, 1]}),  # which libtpu 0.0.42 needs to be told
+        ("V4:2x2x4", {"chips_per_host_bounds": [2, 2, 1], "chip_config_name": "megacore"}),
+    ],
+)
+def test_how_the_chips_lie(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def describe(**given: Any) -> SimpleNamespace:
+        asked.append(given)
+        return SimpleNamespace(devices=jax.devices()[:2])
+
+    monkeypatch.setattr(topology, "is_installed", lambda: True)
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", describe)
+    found = topology.mesh(name)
+    assert (found.size, found.axis_names) == (2, (sharding.AXIS,))
+    assert asked == [{"platform": "tpu", "topology_name": name, **options}]
+    assert topology.chip_of(found) is None
 
 
 @pytest.mark.slow

@@ -61,8 +61,8 @@ def heading(config: Experiment, chips: int, chip: Chip | None) -> list[str]:
     return [
         f"{config.model.label}, batch {config.train.batch_size}, {config.model.dtype.value}, "
         f"{config.batch_norm.value} statistics, on {TOPOLOGY.value}: {number} ({memory})",
-        "Nothing is run: times and cycles are the compiler's estimates, and each number is a "
-        "chip's.",
+        "Nothing is run. Times and cycles are the compiler's estimates "
+        f"(libtpu {topology.version_of_compiler()}). Each number is a chip's.",
     ]
 
 

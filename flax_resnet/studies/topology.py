@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from flax_resnet.parallel.sharding import AXIS
 
 GIB = 2**30
 EXAMPLES = "v5e:1x1, v5e:2x4, v5e:16x16, v6e:2x2, v4:2x2x1, v5p:2x2x1 or v5p:4x4x4"
-NAME = re.compile(r"(?P<generation>\w+):[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}")
+NAME = re.compile(r"(?P<generation>\w+):(?P<sides>[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2})")
 # libtpu looks for a machine of Google's unless it is told of one. It lets one process at a time
 # have the TPUs, which none has here.
 SURROUNDINGS = {
@@ -65,8 +65,11 @@ def mesh(name: str) -> Mesh:
     known = NAME.fullmatch(name)
     if not known:  # some others, such as v5e:0x0, would end the process
         raise ConfigError(f"--topology must be such as {EXAMPLES}, got {name!r}")
-    # A core of a v4 could be a device of its own; a machine of them has one device a chip.
-    options = {"chip_config_name": "megacore"} if known["generation"].lower() == "v4" else {}
+    # A host has 2x2 chips, or all of them if they are fewer.
+    sides = [min(int(side), 2) for side in known["sides"].split("x")]
+    options: dict[str, Any] = {"chips_per_host_bounds": [*sides[:2], 1]}
+    if known["generation"].lower() == "v4":  # whose two cores else are devices of their own
+        options["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as e:
