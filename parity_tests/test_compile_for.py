@@ -275,6 +275,23 @@ def test_all_that_is_in_a_chips_memory_counts() -> None:
     assert compiling.missing(fits, None) is None
 
 
+@pytest.mark.parametrize(("told", "seconds"), [(0.5, 0.5), (-34.0, None)])
+def test_an_estimate_below_zero_is_none(told: float, seconds: float | None) -> None:
+    """So it is where libtpu knows no time of an instruction."""
+    costs = {"flops": 1.0, "bytes accessed": 2.0, "optimal_seconds": told}
+    sizes = ("argument", "output", "alias", "temp", "generated_code")
+    compiled = SimpleNamespace(
+        memory_analysis=lambda: SimpleNamespace(**{f"{size}_size_in_bytes": 0 for size in sizes}),
+        cost_analysis=lambda: costs,
+        as_text=lambda: "ENTRY %main () -> f32[] {\n}",
+    )
+    lowered: Any = SimpleNamespace(compile=lambda: compiled)
+    found = compiling.compile_task(Task("train", lowered, 1, 1))
+    assert isinstance(found, Compiled)
+    assert found.optimal_seconds == seconds
+    assert (found.utilisation(topology.CHIPS["TPU v5 lite"]) is None) == (seconds is None)
+
+
 # --- What is compiled ----------------------------------------------------------------------------
 
 

@@ -76,13 +76,16 @@ def lines(found: Compiled | TooLarge, chip: Chip | None) -> Iterator[str]:
     share = f" ({memory.total / chip.memory:.1%} of the chip's)" if chip else ""
     parts = ", ".join(f"{name} {in_gib(x)}" for name, x in memory._asdict().items())
     yield f"  memory      {in_gib(memory.total)}{share}: {parts}"
-    yield f"  work        {found.flops:.3g} FLOP, {found.bytes:.3g} bytes"
-    used = ""
-    if chip:
-        flops, bandwidth = found.utilisation(chip)
-        used = f": {flops:.1%} of the chip's FLOP/s in bfloat16, {bandwidth:.1%} of its bytes/s"
-    yield f"  estimate    {1000 * found.optimal_seconds:.3g} ms{used}"
-    yield "              (of a step, and of what is done once a call; each loop within counts once)"
+    yield f"  work        {found.flops:.3g} FLOP, {found.num_bytes:.3g} bytes"
+    if found.optimal_seconds is None:
+        yield "  estimate    none: the compiler does not know how long some instruction takes"
+    else:
+        used = ""
+        if chip and (shares := found.utilisation(chip)):
+            flops, bandwidth = shares
+            used = f": {flops:.1%} of the chip's FLOP/s in bfloat16, {bandwidth:.1%} of its bytes/s"
+        yield f"  estimate    {1000 * found.optimal_seconds:.3g} ms{used}"
+        yield "              (of a step and what is done once a call; a loop within counts once)"
     once = ""
     if task.steps > 1:
         cycles = reading.call.cycles
@@ -93,13 +96,13 @@ def lines(found: Compiled | TooLarge, chip: Chip | None) -> Iterator[str]:
             yield f"  exchanges   {told(exchange, when)}"
     for cost in reading.costliest:
         of = f" of {cost.of}" if cost.of else ""
-        yield f"  costliest   {cost.cycles:,.0f} cycles a call: {cost.opcode} to {cost.type}{of}"
+        yield f"  costliest   {cost.cycles:,.0f} cycles a call: {cost.opcode} to {cost.result}{of}"
 
 
 def told(exchange: Collectives, when: str) -> str:
     number, overlapping = round(exchange.number), round(exchange.overlapping)
     overlap = f"{overlapping or 'none'} while the chip computes"
-    return f"{number} {exchange.kind} {when}, {exchange.bytes:,.0f} bytes, {overlap}"
+    return f"{number} {exchange.kind} {when}, {exchange.num_bytes:,.0f} bytes, {overlap}"
 
 
 def advice(
@@ -130,7 +133,7 @@ def as_row(found: Compiled | TooLarge, chip: Chip | None) -> dict[str, Any]:
     }
     if isinstance(found, TooLarge):
         return row | {"memory_needed": found.needed, "memory_available": found.available}
-    used = found.utilisation(chip) if chip else (None, None)
+    used = (chip and found.utilisation(chip)) or (None, None)
     portions = {
         name: {
             "cycles": portion.cycles,
@@ -142,7 +145,7 @@ def as_row(found: Compiled | TooLarge, chip: Chip | None) -> dict[str, Any]:
         "memory": found.memory._asdict() | {"total": found.memory.total},
         "memory_available": chip.memory if chip else None,
         "flops": found.flops,
-        "bytes": found.bytes,
+        "bytes": found.num_bytes,
         "optimal_seconds": found.optimal_seconds,
         "flops_utilisation": used[0],
         "bandwidth_utilisation": used[1],

@@ -39,7 +39,7 @@ class Instruction(NamedTuple):
     """A line of the text."""
 
     name: str
-    type: str  # of its result, such as f32[8,16]{1,0}
+    result: str  # its type, such as f32[8,16]{1,0}
     opcode: str
     rest: str  # operands and attributes
 
@@ -74,7 +74,7 @@ class Collectives(NamedTuple):
 
     kind: str
     number: float
-    bytes: float  # of all their results, on each device
+    num_bytes: float  # of all their results, on each device
     overlapping: float  # so many of them go on while the device computes
 
 
@@ -90,7 +90,7 @@ class Cost(NamedTuple):
 
     cycles: float  # of a whole call, as the compiler estimates them
     opcode: str
-    type: str  # of its result, such as u8[50000,32,32,3]
+    result: str  # its type, such as u8[50000,32,32,3]
     of: str  # what JAX calls it, such as jit(steps)/while/body/vmap()/gather; "" if it does not
 
 
@@ -140,7 +140,7 @@ class Place(NamedTuple):
 
     def cost(self) -> Cost:
         line = self.instruction
-        arrays = [f"{kind}[{shape}]" for kind, shape in ARRAY.findall(line.type)]
+        arrays = [f"{kind}[{shape}]" for kind, shape in ARRAY.findall(line.result)]
         more = f" and {len(arrays) - 1} more" if len(arrays) > 1 else ""
         return Cost(line.cycles * self.times, line.opcode, arrays[0] + more, self.of)
 
@@ -212,7 +212,7 @@ def walk(
     for i, line in enumerate(lines):
         end = finish(lines, i)
         overlaps = is_overlapping or (end is not None and does_work(lines[i + 1 : end]))
-        result = line.type if end is None else lines[end].type
+        result = line.result if end is None else lines[end].result
         yield Place(line, result, times, overlaps, is_in_steps, line.of or of)
         inner = times * (trips(computations, line) if line.opcode == "while" else 1)
         inside = is_in_steps or line is steps

@@ -79,14 +79,16 @@ class Compiled(NamedTuple):
     seconds: float  # that it took to compile
     memory: Memory
     flops: float  # of a step; each loop in it counts once
-    bytes: float  # likewise, of what is read and written
-    optimal_seconds: float  # the compiler's estimate for all that
+    num_bytes: float  # likewise, of what is read and written
+    optimal_seconds: float | None  # the compiler's estimate for all that, if it has one
     reading: Reading
 
-    def utilisation(self, chip: Chip) -> tuple[float, float]:
+    def utilisation(self, chip: Chip) -> tuple[float, float] | None:
         """Of a chip's arithmetic and of its memory's bandwidth, if the estimate holds."""
         seconds = self.optimal_seconds
-        return self.flops / seconds / chip.flops, self.bytes / seconds / chip.bandwidth
+        if seconds is None:
+            return None
+        return self.flops / seconds / chip.flops, self.num_bytes / seconds / chip.bandwidth
 
 
 class TooLarge(NamedTuple):
@@ -200,7 +202,8 @@ def compile_task(task: Task) -> Compiled | TooLarge:
         ),
         costs["flops"],
         costs["bytes accessed"],
-        costs["optimal_seconds"],
+        # Below 0 where it does not know how long some instruction takes.
+        costs["optimal_seconds"] if costs["optimal_seconds"] > 0 else None,
         read(compiled.as_text() or "", task.steps),
     )
 
