@@ -24,8 +24,8 @@ WITHOUT_FLAGS = ("check_data.py",)  # of its own
 WITH_SETTINGS = [
     "benchmark.py",
     "check_data.py",
-    "convert.py",
     "compile_for.py",
+    "convert.py",
     "describe.py",
     "evaluate.py",
     "identify.py",
