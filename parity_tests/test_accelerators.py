@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from flax_resnet import platforms
 from flax_resnet.config import DType, Experiment, ResNetConfig, Shortcut
 from flax_resnet.data import digits, pixels
-from flax_resnet.nn import cpu
 from flax_resnet.parallel import sharding
 from flax_resnet.step import init
 from flax_resnet.training.feed import draw_steps
@@ -50,7 +50,7 @@ def test_the_mesh_says_what_a_program_is_for(kind: str) -> None:
     found: list[bool] = []
 
     def ask(x: jax.Array, *_: object) -> tuple[jax.Array, None]:
-        found.append(cpu.on_cpu())
+        found.append(platforms.on_cpu())
         return x * x, None
 
     def program(x: jax.Array) -> jax.Array:
@@ -66,14 +66,14 @@ def test_the_mesh_says_what_a_program_is_for(kind: str) -> None:
         assert len(found) >= 2
         jax.eval_shape(jax.jit(on_each), np.ones(8))
     assert set(found) == {kind == "cpu"}
-    assert cpu.on_cpu()  # as JAX's own devices are
+    assert platforms.on_cpu()  # as JAX's own devices are
 
 
 def test_the_accelerators_program_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ResNetConfig(8, Shortcut.B, dtype=DType.FLOAT64)
     texts, results = [], []
     for is_cpu in (True, False):
-        monkeypatch.setattr(cpu, "on_cpu", lambda mesh=None, is_cpu=is_cpu: is_cpu)
+        monkeypatch.setattr(platforms, "on_cpu", lambda mesh=None, is_cpu=is_cpu: is_cpu)
         call, arguments = prepare(model, 3)
         texts.append(call.lower(*arguments).as_text())
         results.append(jax.device_get(call(*arguments)))
@@ -91,7 +91,7 @@ def test_the_accelerators_program_computes_the_same(monkeypatch: pytest.MonkeyPa
 def test_the_program_lowers(
     platform: str, scan_blocks: bool, dtype: DType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "on_cpu", lambda mesh=None: False)
+    monkeypatch.setattr(platforms, "on_cpu", lambda mesh=None: False)
     depth = 20 if scan_blocks else 8
     model = ResNetConfig(depth, dtype=dtype, scan_blocks=scan_blocks, remat=scan_blocks)
     call, arguments = prepare(model, 2)

@@ -20,6 +20,7 @@ and a sum, which XLA contracts: within the bounds above (measured: 1 ulp, 2.2e-1
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from flax_resnet import platforms
 from flax_resnet.config import DataConfig, Experiment, Preprocess, ResNetConfig
 from flax_resnet.data import order, pixels
 from flax_resnet.data.examples import Examples
@@ -67,24 +69,30 @@ def by_hand(image: np.ndarray, offset: np.ndarray, flip: np.ndarray, pad: int) -
 # --- The pixels -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU", "other devices"])
 @pytest.mark.parametrize("shape", [(32, 32), (6, 10)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_each_offset_and_flip_cuts_what_slicing_by_hand_does(
-    shape: tuple[int, int], dtype: str
+    shape: tuple[int, int], dtype: str, is_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(platforms, "on_cpu", lambda: is_cpu)
     image = random_examples(2 * len(OFFSETS), shape).image.astype(dtype) - 100
     offset, flip = np.array(OFFSETS * 2, np.int32), np.arange(len(image)) < len(OFFSETS)
-    ours = jax.jit(pixels.crop_and_flip, static_argnums=3)(image, offset, flip, 4)
+    ours = jax.jit(partial(pixels.crop_and_flip), static_argnums=3)(image, offset, flip, 4)
     assert ours.dtype == dtype
     np.testing.assert_array_equal(ours, by_hand(image, offset, flip, 4))
 
 
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU", "other devices"])
 @pytest.mark.parametrize("pad", [0, 1, 2, 3])
-def test_other_paddings_too(pad: int) -> None:
+def test_other_paddings_too(pad: int, is_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platforms, "on_cpu", lambda: is_cpu)
     config = DataConfig(pad=pad)
     drawn = order.draw(config, seed=0, step=0, batch_size=64, num_examples=64)
     image = random_examples(64).image.astype("float32")
-    ours = jax.jit(pixels.crop_and_flip, static_argnums=3)(image, drawn.offset, drawn.flip, pad)
+    ours = jax.jit(partial(pixels.crop_and_flip), static_argnums=3)(
+        image, drawn.offset, drawn.flip, pad
+    )
     np.testing.assert_array_equal(ours, by_hand(image, drawn.offset, drawn.flip, pad))
 
 

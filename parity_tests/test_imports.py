@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # What stands on a floor imports what stands below it, and nothing beside it.
 FLOORS = (
-    {"errors", "shipped", "streams"},
+    {"errors", "platforms", "shipped", "streams"},
     {"settings", "json_files", "drawing", "surroundings", "places"},
     {"data_config"},
     {"config"},

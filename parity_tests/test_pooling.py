@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_resnet.nn import cpu
+from flax_resnet import platforms
 from flax_resnet.nn.pooling import MaxPool
 from parity_tests.pair import to_torch, torch
 
@@ -33,7 +33,7 @@ def ours(x: np.ndarray, cotangent: np.ndarray) -> list[np.ndarray]:
 def test_it_is_pytorchs(
     size: tuple[int, int], is_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "on_cpu", lambda: is_cpu)
+    monkeypatch.setattr(platforms, "on_cpu", lambda: is_cpu)
     rng = np.random.default_rng(0)
     x = rng.integers(0, 3, (2, *size, 3)).astype(np.float64)
     cotangent = rng.integers(1, 9, (2, *((n + 1) // 2 for n in size), 3)).astype(np.float64)
@@ -43,7 +43,7 @@ def test_it_is_pytorchs(
 
 @pytest.mark.parametrize("is_cpu", [True, False])
 def test_what_is_no_number_stays(is_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "on_cpu", lambda: is_cpu)
+    monkeypatch.setattr(platforms, "on_cpu", lambda: is_cpu)
     x = np.zeros((1, 8, 8, 1))
     x[0, 3, 4] = np.nan
     found, _ = ours(x, np.ones((1, 4, 4, 1)))

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
+from flax_resnet import platforms
 from flax_resnet.config import Preprocess
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.order import Draw, Mix
@@ -141,11 +142,38 @@ def crop_and_flip(
     pad: int,
 ) -> Float[Array, "b h w 3"]:
     """Each image cut from its zero-padded self, then mirrored left to right where `flip`."""
+    cut = slice_each if platforms.on_cpu() else select_shifted
+    image = cut(image, offset, pad)
+    return jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
+
+
+def slice_each(
+    image: Float[Array, "b h w 3"], offset: Int[Array, "b 2"], pad: int
+) -> Float[Array, "b h w 3"]:
+    """Each image cut from its zero-padded self: one image after another, as memory is copied."""
     shape = image.shape[1:]
     padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     corner = jnp.pad(offset, ((0, 0), (0, 1)))  # down, right, channel 0
-    image = jax.vmap(lambda x, at: jax.lax.dynamic_slice(x, at, shape))(padded, corner)
-    return jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
+    return jax.vmap(lambda x, at: jax.lax.dynamic_slice(x, at, shape))(padded, corner)
+
+
+def select_shifted(
+    image: Float[Array, "b h w 3"], offset: Int[Array, "b 2"], pad: int
+) -> Float[Array, "b h w 3"]:
+    """The same for devices that compute on all images at once, TPUs above all.
+
+    Each image is selected from all the places where it could be cut, first of the rows, then of the
+    columns.
+    """
+    for axis in (1, 2):
+        size = image.shape[axis]
+        padded = jnp.pad(image, [(pad, pad) if i == axis else (0, 0) for i in range(4)])
+        at = offset[:, axis - 1, None, None, None]
+        image = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+        for start in range(1, 2 * pad + 1):
+            shifted = jax.lax.slice_in_dim(padded, start, start + size, axis=axis)
+            image = jnp.where(at == start, shifted, image)
+    return image
 
 
 def mix(

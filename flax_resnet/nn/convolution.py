@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from flax_resnet.nn import cpu
+from flax_resnet import platforms
 
 Image = Float[Array, "b h w c_in"]
 Result = Float[Array, "b h2 w2 c_out"]
@@ -63,7 +63,7 @@ def conv_general_dilated(
     On the CPU an ordinary convolution of images (see `is_ordinary`) has the gradients below, which
     are reverse-mode only. Any other convolution has JAX's own.
     """
-    if not cpu.on_cpu() or not is_ordinary(x, kernel, **options):
+    if not platforms.on_cpu() or not is_ordinary(x, kernel, **options):
         return lax.conv_general_dilated(
             x,
             kernel,

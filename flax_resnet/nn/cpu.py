@@ -12,6 +12,8 @@ import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Mesh
 
+from flax_resnet import platforms
+
 CompilerOptions = dict[str, str | bool]
 
 CURES = ("keep_memory", "materialized", "compiler_options")
@@ -20,21 +22,9 @@ left_out: set[str] = set()  # for a benchmark to show what a cure is worth
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
-def on_cpu(mesh: Mesh | None = None) -> bool:
-    """Whether it is for CPUs that a program is written.
-
-    Args:
-        mesh: whose devices it is for; by default those of the mesh around the code that is traced,
-            which need not be there, and without one JAX's own.
-    """
-    around = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
-    device = around.abstract_device
-    return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"
-
-
 def applies(cure: str, mesh: Mesh | None = None) -> bool:
-    """Whether the program is for CPUs (see `on_cpu`) and the cure is not left out."""
-    return on_cpu(mesh) and cure not in left_out
+    """Whether the program is for CPUs (see `platforms`) and the cure is not left out."""
+    return platforms.on_cpu(mesh) and cure not in left_out
 
 
 def materialized(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from flax_resnet.nn import cpu
+from flax_resnet import platforms
 
 Image = Float[Array, "b h w c"]
 Pooled = Float[Array, "b h2 w2 c"]
@@ -19,7 +19,7 @@ class MaxPool(nnx.Module):
     """
 
     def __call__(self, x: Image) -> Pooled:
-        if cpu.on_cpu():
+        if platforms.on_cpu():
             return largest_of_slices(x)
         padding = ((0, 0), (1, 1), (1, 1), (0, 0))
         return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)

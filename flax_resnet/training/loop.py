@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from flax_resnet import drawing, places
+from flax_resnet import drawing, places, platforms
 from flax_resnet.config import Experiment, Parallel, TrainConfig
 from flax_resnet.data import source
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import Normalization
 from flax_resnet.data.source import Split
 from flax_resnet.json_files import write_json
-from flax_resnet.nn.cpu import keep_memory, on_cpu
+from flax_resnet.nn.cpu import keep_memory
 from flax_resnet.parallel import sharding
 from flax_resnet.parallel.processes import Agreement, is_first, on_first
 from flax_resnet.step import Metrics, Program, TrainState, init, train_step
@@ -169,7 +169,7 @@ def train(
                 report.make_up(state, (before or config).train.evaluate_every)
             calls = run_steps(config, mesh, call, state, feed, stop)
             del state, restored  # whose memory is given to the first call
-            for done in delayed(calls, not on_cpu(mesh)):
+            for done in delayed(calls, not platforms.on_cpu(mesh)):
                 stopped_by = report(done)
                 if stopped_by:
                     break
@@ -302,9 +302,8 @@ def number_of_steps(dealt: Any) -> int:
 
 def call_size(step: int, settings: TrainConfig, feed: Feed) -> int:
     """How many steps go into the next call."""
-    usual = (
-        1 if on_cpu(feed.mesh) else min(settings.log_every, feed.most_steps or settings.log_every)
-    )
+    most = min(settings.log_every, feed.most_steps or settings.log_every)
+    usual = 1 if platforms.on_cpu(feed.mesh) else most
     return min(settings.steps_per_call or usual, steps_to_next_report(step, settings))
 
 
