@@ -71,6 +71,8 @@ ONE_SIDED = {  # and why; a class or function stands for all that is in it
         "eval_step.model": STATE,
     },
     "pixels": {
+        "slice_each": "how a CPU is told to crop",
+        "select_shifted": "how a TPU is told to crop",
         "Normalization": "made once, from NumPy's arrays, for both",
         "make_normalization": "likewise",
         "normalize.constants": "the fields of a Normalization, which the twin takes one by one",

@@ -5,20 +5,26 @@ extra tpu) for TPUs that need not be there, nor the data set. Any setting can be
 `--config.train.batch_size=1024`. It prints what each chip would need: memory, FLOP, bytes, and the
 exchanges with other chips; what does not fit says which settings would need less. Nothing is run:
 times and cycles are the compiler's estimates. It takes minutes for each program.
+
+With --model nothing is compiled: from files that --json has written it tells how long a step would
+take on 1, 8, 64 and 256 chips (docs/scale.md).
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 
-from flax_resnet import cli
+from flax_resnet import cli, drawing
 from flax_resnet.config import Experiment
+from flax_resnet.errors import ConfigError
 from flax_resnet.json_files import write_json
-from flax_resnet.studies import compiling, topology
+from flax_resnet.studies import compiling, scaling, topology
 from flax_resnet.studies.compiled_text import Collectives
 from flax_resnet.studies.compiling import Compiled, TooLarge, in_gib
+from flax_resnet.studies.scaling import Step
 from flax_resnet.studies.topology import Chip
 
 CONFIG = cli.define_config(
@@ -29,9 +35,16 @@ TOPOLOGY = flags.DEFINE_string(
 )
 EVALUATION = flags.DEFINE_bool("evaluation", True, "also compile the evaluation")
 JSON = cli.define_path("json", None, "file for all numbers")
+MODEL = cli.define_path("model", None, "folder with files of --json, for a model of more chips")
+PNG = cli.define_path("png", None, "file for the picture of --model")
 
 
 def main() -> None:
+    if PNG.value and not MODEL.value:
+        raise ConfigError("--png is of --model, which is not given")
+    if MODEL.value:
+        model(MODEL.value)
+        return
     topology.prepare()
     config = cli.experiment(CONFIG)
     mesh = topology.mesh(TOPOLOGY.value)
@@ -53,6 +66,25 @@ def main() -> None:
             "libtpu": topology.version_of_compiler(),
         }
         write_json(JSON.value, about | {"programs": rows, "config": config.to_dict()})
+
+
+def model(folder: Path) -> None:
+    """Tells of steps that were compiled earlier what they take on more chips."""
+    found: list[Step] = []
+    for path in sorted(folder.glob("*.json")):
+        of_file = scaling.steps(path)
+        if not of_file:
+            print(f"{path.name} is left out: no training step of a {scaling.DEVICE_KIND}")
+        found += of_file
+    points = scaling.points(found)
+    if not points:
+        raise ConfigError(
+            "--model must be a folder with files that compile_for.py --json has written for "
+            f"several chips of a v5e, got {folder}"
+        )
+    print(scaling.table(points))
+    if PNG.value:
+        drawing.save(scaling.figure(points), PNG.value, dpi=200)
 
 
 def heading(config: Experiment, chips: int, chip: Chip | None) -> list[str]:
