@@ -1,5 +1,8 @@
 """Parity is proven in float64: JAX's 64-bit types are on for every test in this process."""
 
+import contextlib
+import ctypes
+import gc
 import logging
 import os
 import tempfile
@@ -55,6 +58,15 @@ def types_of_64_bits() -> Iterator[None]:
     """On again after a test that called a command, which switches them off for float32."""
     yield
     jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_of_a_file_is_given_back() -> Iterator[None]:
+    """What a training run in this process keeps for its next step: `keep_memory`, once called."""
+    yield
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture
