@@ -33,7 +33,7 @@ from flax_resnet.training.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
-SECONDS_TO_STOP = 30  # when another process is gone
+SECONDS_TO_STOP = 120  # when another is gone: 30 on a machine that is not busy
 
 
 def free_port() -> int:
