@@ -33,6 +33,7 @@ from flax_resnet.training.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
+SEVERAL = 8 if (os.cpu_count() or 1) >= 8 else 2  # eight take 5 GB, and minutes on two cores
 SECONDS_TO_STOP = 120  # when another is gone: 30 on a machine that is not busy
 
 
@@ -130,7 +131,7 @@ def test_the_two_lose_what_the_one_loses(
 
 
 @pytest.mark.slow
-def test_of_eight_one_is_killed_and_all_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+def test_of_several_one_is_killed_and_all_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     """Streamed photographs, of which each process decodes its share, on one device each.
 
     With mixtures, so that a process also needs the image before its first one.
@@ -141,23 +142,25 @@ def test_of_eight_one_is_killed_and_all_go_on_from_the_last_checkpoint(tmp_path:
 
     def start_all() -> list[subprocess.Popen[str]]:
         port = free_port()
-        return [start(workdir, port, i, *more, num_processes=8, devices=1) for i in range(8)]
+        return [
+            start(workdir, port, i, *more, num_processes=SEVERAL, devices=1) for i in range(SEVERAL)
+        ]
 
     processes = start_all()
     deadline = time.monotonic() + 240
     while len(rows(workdir)) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    processes[5].kill()
+    processes[SEVERAL // 2].kill()
     deadline = time.monotonic() + SECONDS_TO_STOP
     errors = [process.communicate(timeout=deadline - time.monotonic())[1] for process in processes]
     assert 0 not in [process.returncode for process in processes], errors
     assert 4 <= len(rows(workdir)) < STEPS
     processes = start_all()
     errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 8, errors
+    assert [process.returncode for process in processes] == [0] * SEVERAL, errors
     for name in ("confusion.png", "mistakes.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
-    fit_on(8, tmp_path / "one", like=workdir)
+    fit_on(SEVERAL, tmp_path / "one", like=workdir)
     np.testing.assert_allclose(
         losses(workdir), losses(tmp_path / "one"), rtol=np.finfo(np.float32).eps
     )
