@@ -44,7 +44,7 @@ class Unseen(Images):
         self.label = np.zeros(number, np.int32)
 
     def image(self, index: int) -> Any:
-        raise NotImplementedError("nobody looks at it")
+        raise NotImplementedError("only the number of its images is known")
 
     def name(self, index: int) -> str:
         return f"image {index}"

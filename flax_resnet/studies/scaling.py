@@ -60,7 +60,7 @@ class Point(NamedTuple):
 
     @property
     def efficiency(self) -> float:
-        """The part of its time in which a chip does what it would do alone."""
+        """The part of its time that is arithmetic, what prepares the exchanges included."""
         return self.arithmetic / self.seconds
 
     @property
