@@ -187,6 +187,7 @@ def test_a_mutant_sees_another_batch(mutant: str, monkeypatch: pytest.MonkeyPatc
         found = put(self, drawn, image)
         if mutant == "label of its index":
             label = self.images.label[np.arange(BATCH)][None].repeat(len(image), 0)
+            label = jax.device_put(label, found.images.label.sharding)
             return found._replace(images=found.images._replace(label=label))
         return found._replace(others=found.images)
 
