@@ -28,6 +28,7 @@ from flax_resnet.config import (
 from flax_resnet.errors import ConfigError
 from flax_resnet.nn.batch_norm import BatchNorm
 from flax_resnet.nn.convolution import Conv
+from flax_resnet.nn.keys import keys
 from flax_resnet.nn.pooling import MaxPool
 from flax_resnet.nn.scan import Scan, Tree, rematerialized
 
@@ -304,4 +305,4 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
 
 def abstract(config: ResNetConfig) -> tuple[nnx.GraphDef, Tree, Tree]:
     """A network's structure, with shapes and types in the place of arrays."""
-    return split(nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0))))
+    return split(nnx.eval_shape(lambda: ResNet(config, rngs=keys(0))))

@@ -14,6 +14,7 @@ from flax_resnet.data.pixels import Batch
 from flax_resnet.errors import ConfigError
 from flax_resnet.nn import modules
 from flax_resnet.nn.batch_norm import BatchNorm
+from flax_resnet.nn.keys import keys
 from flax_resnet.nn.scan import Tree, unstack
 from flax_resnet.optim import make_optimizer
 from flax_resnet.parallel.sharding import AXIS
@@ -70,7 +71,7 @@ def init(config: Experiment, num_devices: int = 1) -> tuple[Program, TrainState]
     Raises:
         ConfigError: there is no such network, or what is to be frozen is no part of it, or all.
     """
-    model = ResNet(config.model, rngs=nnx.Rngs(key_of(config.seed)))
+    model = ResNet(config.model, rngs=keys(key_of(config.seed)))
     is_pmap = config.parallel is Parallel.PMAP
     is_global = config.batch_norm is Statistics.GLOBAL
     model.set_attributes(

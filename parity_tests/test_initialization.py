@@ -13,6 +13,7 @@ All else is constant, and equal to the bit.
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,6 +21,7 @@ from scipy import stats
 
 from flax_resnet import resnet
 from flax_resnet.config import Init, Projection, ProjectionInit, ResNetConfig, Shortcut
+from flax_resnet.nn.keys import keys
 from flax_resnet.resnet import ResNet, split
 from flax_resnet.weights.trees import tree_to_torch
 from parity_tests.mutants import one_by_default
@@ -43,7 +45,7 @@ CONFIGS = {
 def draw_ours(config: ResNetConfig) -> Draws:
     states = []
     for seed in range(NETWORKS):
-        _, params, batch_stats = split(ResNet(config, rngs=nnx.Rngs(seed)))
+        _, params, batch_stats = split(ResNet(config, rngs=keys(seed)))
         states.append(tree_to_torch(params) | tree_to_torch(batch_stats))
     return {name: np.stack([state[name] for state in states]) for name in states[0]}
 
@@ -173,6 +175,13 @@ def test_no_two_tensors_and_no_two_seeds_share_their_numbers() -> None:
     start = np.array([x[seed].ravel()[:64] for x in tensors for seed in range(4)])
     correlation = np.abs(np.corrcoef(start) - np.eye(len(start)))
     assert correlation.max() < 0.8  # 64 independent pairs come to 0.8 once in 1e14
+
+
+def test_the_keys_are_those_of_flax() -> None:
+    ours, flaxs = keys(7), nnx.Rngs(7)
+    for _ in range(3):
+        a, b = (jax.random.key_data(rngs.params()) for rngs in (ours, flaxs))
+        np.testing.assert_array_equal(a, b)
 
 
 scaling = nnx.initializers.variance_scaling

@@ -53,8 +53,7 @@ def test_the_number_of_parameters_follows_the_formula(
 )
 def test_the_number_of_parameters_is_the_papers(depth: int, millions: str) -> None:
     digits = len(millions.partition(".")[2])
-    # Scanned, its blocks are made at once: 1202 layers one by one take two minutes.
-    config = ResNetConfig.paper(depth, scan_blocks=depth == 1202)
+    config = ResNetConfig.paper(depth)
     number = count(config)
     assert number == formula(config)
     assert f"{number / 1e6:.{digits}f}" == millions

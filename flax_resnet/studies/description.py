@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_resnet.config import ResNetConfig
+from flax_resnet.nn.keys import keys
 from flax_resnet.nn.pooling import MaxPool
 from flax_resnet.resnet import ResNet, check_images
 
@@ -52,7 +53,7 @@ def describe(config: ResNetConfig, size: Size) -> Description:
     config = config.block_by_block()
     architecture = config.architecture
     check_images(architecture, architecture.image_channels, size)
-    model = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: ResNet(config, rngs=keys(0)))
     image = jax.ShapeDtypeStruct((1, *size, architecture.image_channels), jnp.float32)
     return Description(list(rows(model, image)))
 

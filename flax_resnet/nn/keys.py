@@ -1,0 +1,32 @@
+"""The keys of a network's initial weights."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+
+def keys(seed: int | Array) -> nnx.Rngs:
+    """`nnx.Rngs(seed)`: the same keys, faster drawn where a network is only traced.
+
+    Args:
+        seed: or a key of `jax.random.key`.
+    """
+    rngs = nnx.Rngs(seed)
+    rngs.default = Keys(seed, tag="default")
+    return rngs
+
+
+class Keys(nnx.RngStream):
+    """Counts its keys in Python.
+
+    Flax counts them in an array. Under `eval_shape` it looks for its sharding at each key, and JAX
+    then goes through all that was traced before: 90 seconds for the 1,202 layers of section 4.2,
+    which are 3 so.
+    """
+
+    drawn = 0
+
+    def __call__(self) -> Array:
+        key = jax.random.fold_in(self.key[...], self.drawn)
+        self.drawn += 1
+        return key
