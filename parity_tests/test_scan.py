@@ -292,3 +292,22 @@ def test_the_gradients_program_has_what_was_asked_for(
     program = str(jax.make_jaxpr(jax.grad(loss))(params, batch_stats, image))
     assert len(re.findall(r"\bscan\[", program)) == scans
     assert len(re.findall(r"\b(?:checkpoint|remat2?)\[", program)) == blocks_again
+
+
+def test_a_scan_stores_each_activation_once_and_in_its_own_type() -> None:
+    """Of a block: what goes in, what each convolution gives and what each rectifier gives."""
+    config = ResNetConfig(20, dtype=DType.BFLOAT16, scan_blocks=True)
+    graphdef, params, batch_stats = abstract(config)
+
+    def loss(params: Tree, batch_stats: Tree, x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params, batch_stats, copy=True)(x).sum()
+
+    image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.bfloat16)
+    program = jax.make_jaxpr(jax.grad(loss))(params, batch_stats, image).jaxpr
+    scans = [x for x in program.eqns if x.primitive.name == "scan"]
+    forwards = [x for x in scans if not x.params["reverse"]]
+    assert len(forwards) == 3
+    for side, channels, scan in zip((32, 16, 8), (16, 32, 64), forwards, strict=True):
+        shape = (2, 2, side, side, channels)  # of two blocks
+        stored = [x.aval.dtype for x in scan.outvars if x.aval.size == np.prod(shape)]
+        assert stored == [jnp.bfloat16] * 5

@@ -79,26 +79,19 @@ class BatchNorm(nnx.Module):
             UserError: in training mode, fewer than two values make up a statistic: their unbiased
                 variance does not exist.
         """
-        shape = x.shape
-        x = x.astype(self.scale.dtype)
         ending = Ending(jnp.dtype(self.dtype), add is not None, relu)
         if self.use_running_average:
+            x = x.astype(self.scale.dtype)
             factor = lax.rsqrt(self.var[...] + self.epsilon) * self.scale[...]
             return finish(ending)(x, self.mean[...], factor, self.bias[...], add)
-        n = self._values_per_statistic(shape)
-        parts = (self.shares, -1, *shape[1:])
+        n = self._values_per_statistic(x.shape)
+        sharing = Sharing(self.shares, self.is_global, self.axis_name)
         normalized: Any = batch_normalize(
-            x.reshape(parts),
-            self.scale[...],
-            self.bias[...],
-            None if add is None else add.reshape(parts),
-            self.epsilon,
-            Sharing(self.shares, self.is_global, self.axis_name),
-            ending,
+            x, self.scale[...], self.bias[...], add, self.epsilon, sharing, ending
         )
         self._track(self.mean, normalized.mean)
         self._track(self.var, normalized.var * (n / (n - 1)))
-        return normalized.y.reshape(shape)
+        return normalized.y
 
     def _values_per_statistic(self, shape: tuple[int, ...]) -> int:
         devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
@@ -116,7 +109,8 @@ class BatchNorm(nnx.Module):
         running[...] = (1 - self.momentum) * running[...] + self.momentum * new
 
 
-Parts = Float[Array, "r b h w c"]
+Images = Float[Array, "b h w c"]
+Parts = Float[Array, "r _ h w c"]  # each share of the batch by itself
 Statistic = Float[Array, "r 1 1 1 c"]  # of each share, or of all: r is 1
 PerChannel = Float[Array, " c"]
 
@@ -132,6 +126,10 @@ class Sharing(NamedTuple):
     def is_needed(self) -> bool:
         """Whether a device needs what the others have."""
         return self.is_global and (self.shares > 1 or self.axis_name is not None)
+
+    def parts(self, x: Images) -> Parts:
+        """Each share of a batch."""
+        return x.reshape(self.shares, -1, *x.shape[1:])
 
     def gather(self, *statistics: Statistic) -> Float[Array, "k s 1 1 1 c"]:
         """Statistics of every share, everywhere: one small collective for all of them."""
@@ -152,32 +150,36 @@ class Ending(NamedTuple):
 class Normalized(NamedTuple):
     """Result of `batch_normalize`."""
 
-    y: Parts
+    y: Images
     mean: Statistic
     var: Statistic
 
 
 class Residuals(NamedTuple):
-    """What `batch_normalize` stores for its gradient."""
+    """What `batch_normalize` stores for its gradient.
 
-    x: Parts
+    x and y are the arrays that the layers around it store, of the same type and shape: a `Scan`
+    would store others once more.
+    """
+
+    x: Images
     mean: Statistic
     inv_std: Statistic
     scale: PerChannel
-    y: Parts | None  # if it is rectified
+    y: Images | None  # if it is rectified
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def batch_normalize(
-    x: Parts,
+    x: Images,
     scale: PerChannel,
     bias: PerChannel,
-    add: Parts | None,
+    add: Images | None,
     epsilon: float,
     sharing: Sharing,
     ending: Ending,
 ) -> Normalized:
-    """Each part of the batch normalised by its own statistics, and these, with a biased variance.
+    """Each share of the batch normalised by its own statistics, and these, with a biased variance.
 
     The gradient of y is the closed form of Ioffe & Szegedy 2015, section 3, with half the passes
     over x that autodiff's needs; that of the rectifier reads its result, which the next layer
@@ -187,23 +189,25 @@ def batch_normalize(
 
 
 def _forward(
-    x: Parts,
+    x: Images,
     scale: PerChannel,
     bias: PerChannel,
-    add: Parts | None,
+    add: Images | None,
     epsilon: float,
     sharing: Sharing,
     ending: Ending,
 ) -> tuple[Normalized, Residuals]:
+    parts = sharing.parts(x).astype(scale.dtype)
     # Two passes: E[x^2] - E[x]^2 cancels when the mean is far from zero.
-    mean = _mean(x)
-    var = _mean(jnp.square(x - mean))
+    mean = _mean(parts)
+    var = _mean(jnp.square(parts - mean))
     if sharing.is_needed:  # Chan, Golub and LeVeque 1979, for shares of one size
         means, variances = sharing.gather(mean, var)
         mean = means.mean(0, keepdims=True)
         var = (variances + jnp.square(means - mean)).mean(0, keepdims=True)
     inv_std = lax.rsqrt(var + epsilon)
-    y = finish(ending)(x, mean, inv_std * scale, bias, add)
+    added = None if add is None else sharing.parts(add)
+    y = finish(ending)(parts, mean, inv_std * scale, bias, added).reshape(x.shape)
     return Normalized(y, mean, var), Residuals(x, mean, inv_std, scale, y if ending.relu else None)
 
 
@@ -213,10 +217,11 @@ def _backward(
     ending: Ending,
     residuals: Residuals,
     cotangent: Normalized,
-) -> tuple[Parts, PerChannel, PerChannel, Parts | None]:
-    x, mean, inv_std, scale, y = residuals
+) -> tuple[Images, PerChannel, PerChannel, Images | None]:
+    stored, mean, inv_std, scale, y = residuals
+    x = sharing.parts(stored).astype(scale.dtype)
     dadd = cotangent.y if y is None else jnp.where(y > 0, cotangent.y, 0)
-    dy = dadd.astype(x.dtype)
+    dy = sharing.parts(dadd).astype(x.dtype)
     dbias = _mean(dy)
     dscale = _mean(dy * (x - mean)) * inv_std
     offset, slope = dbias, dscale
@@ -228,6 +233,7 @@ def _backward(
     dx = (dy - offset - (x - mean) * (slope * inv_std)) * (inv_std * scale)
     n = float(x.size // x.shape[-1] // x.shape[0])  # an integer may be beyond int32
     dscale, dbias = (d.sum((0, 1, 2, 3)) * n for d in (dscale, dbias))
+    dx = dx.astype(stored.dtype).reshape(stored.shape)
     return dx, dscale, dbias, dadd if ending.has_add else None
 
 
