@@ -246,8 +246,9 @@ def large_lockstep(name: str, momenta: tuple[float, ...] = (0.9,)) -> list[float
     rates = [dataclasses.replace(slow, momentum=momentum) for momentum in momenta]
     twins = [make_twin(dataclasses.replace(config, optim=x), unstack(ours)) for x in rates]
     step_fn = jax.jit(partial(train_step, program))
+    side = 8 if name == "kuangliu-18" else 16  # its stem halves nothing
     for step in range(20):
-        image = images(8, step, size=16, channels=model.image_channels)
+        image = images(8, step, size=side, channels=model.image_channels)
         label = np.random.default_rng(step).integers(0, 10, 8)
         ours, _ = step_fn(ours, pixels.Batch(jnp.asarray(image), jnp.asarray(label, jnp.int32)))
         for twin in twins:
