@@ -2,11 +2,13 @@
 
     step = cycles / CLOCK + the sum over its exchanges of (hops x HOP + bytes / bandwidth)
 
-Cycles and exchanges are those of the compiled step. They are the same on any number of chips that
-have as many images each. docs/scale.md says what the model leaves out.
+Cycles and exchanges are those of the step as it was compiled for so many chips. Where it was not,
+they are those of fewer chips that have as many images each. docs/scale.md says what the model
+leaves out.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,12 +49,13 @@ class Step(NamedTuple):
 
 
 class Point(NamedTuple):
-    """The same step on another number of chips."""
+    """A step on so many chips."""
 
-    step: Step
+    step: Step  # compiled for as many chips, or for others
     chips: int
     arithmetic: float  # seconds
     exchanges: float  # seconds
+    alone: float  # seconds of the same images on one chip
 
     @property
     def seconds(self) -> float:
@@ -60,8 +63,8 @@ class Point(NamedTuple):
 
     @property
     def efficiency(self) -> float:
-        """The part of its time that is arithmetic, what prepares the exchanges included."""
-        return self.arithmetic / self.seconds
+        """Images a second of each chip, relative to one chip alone."""
+        return self.alone / self.seconds
 
     @property
     def batch(self) -> int:
@@ -112,20 +115,30 @@ def steps(path: Path) -> list[Step]:
 def points(found: Iterable[Step]) -> list[Point]:
     """Every step on every number of chips, the cheapest first.
 
-    One that was compiled for a single chip says nothing of exchanges, and is left out.
+    One that was compiled for a single chip alone says nothing of exchanges, and is left out.
     """
-    several = sorted((step for step in found if step.chips > 1), key=lambda step: step.cycles)
-    return [on(step, chips) for step in several for chips in SHAPES]
+    alike: dict[tuple[str, int], dict[int, Step]] = defaultdict(dict)  # by number of chips
+    for step in found:
+        alike[step.name, step.images][step.chips] = step
+    several = (steps for steps in alike.values() if max(steps) > 1)
+    by_cost = sorted(several, key=lambda steps: steps[min(steps)].cycles)
+    return [on(steps, chips) for steps in by_cost for chips in SHAPES]
 
 
-def on(step: Step, chips: int) -> Point:
-    """Of a step that was compiled for several chips, so that it tells its exchanges.
+def on(steps: dict[int, Step], chips: int) -> Point:
+    """A step on so many chips, as it was compiled for as many, or else for fewer, or else for more.
 
     Args:
+        steps: the same one, by the number of chips that it was compiled for.
         chips: one of SHAPES.
     """
+
+    def nearest(chips: int) -> Step:
+        return steps[max((n for n in steps if n <= chips), default=min(steps))]
+
+    step = nearest(chips)
     waits = [seconds(exchange, step.chips, chips) for exchange in step.collectives]
-    return Point(step, chips, step.cycles / CLOCK, sum(waits))
+    return Point(step, chips, step.cycles / CLOCK, sum(waits), nearest(1).cycles / CLOCK)
 
 
 def seconds(exchange: Collectives, compiled_for: int, chips: int) -> float:
@@ -148,14 +161,14 @@ def seconds(exchange: Collectives, compiled_for: int, chips: int) -> float:
 def table(found: Sequence[Point]) -> str:
     """In Markdown, a line for each."""
     lines = [
-        "| network | images a chip | chips | batch | step, ms | of it exchanges | images/s "
-        "| efficiency | cores a host |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network | images a chip | chips | compiled for | batch | step, ms | of it exchanges "
+        "| images/s | efficiency | cores a host |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for x in found:
         cores = f"{x.cores} of {CORES_PER_HOST}" if x.cores else "-"
         lines.append(
-            f"| {x.step.name} | {x.step.images} | {x.chips} | {x.batch:,} "
+            f"| {x.step.name} | {x.step.images} | {x.chips} | {x.step.chips} | {x.batch:,} "
             f"| {1000 * x.seconds:.2f} | {1000 * x.exchanges:.2f} | {x.images_per_second:,.0f} "
             f"| {x.efficiency:.0%} | {cores} |"
         )
@@ -183,6 +196,6 @@ def figure(found: Sequence[Point]) -> "Figure":
         axes.set_xticks(list(SHAPES), [str(chips) for chips in SHAPES])
         axes.set_ylim(0, 105)
         axes.set_xlabel("chips (TPU v5e)")
-        axes.set_ylabel("time spent on arithmetic (%), modelled")
+        axes.set_ylabel("images/s of a chip, in % of one alone (modelled)")
         axes.legend(loc="lower left", fontsize=8)
     return drawn
