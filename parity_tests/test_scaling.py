@@ -90,7 +90,8 @@ def test_where_it_was_compiled_for_so_many_chips_it_is_that_program() -> None:
     """And its efficiency is that of one chip's own program, which prepares no exchanges."""
     alone = Step("net", 128, 1, 1.2e6, [], False)
     many = step_of(REDUCTION)._replace(chips=256, cycles=1.8e6)
-    points = scaling.points([many, step_of(GATHERS, REDUCTION), alone])
+    dearer = alone._replace(cycles=1.4e6)
+    points = scaling.points([dearer, many, step_of(GATHERS, REDUCTION), alone, dearer])
     assert [(x.chips, x.step.chips) for x in points] == [(1, 1), (8, 8), (64, 8), (256, 256)]
     assert points[0].efficiency == 1
     assert points[1].efficiency == pytest.approx(0.8e-3 / points[1].seconds)

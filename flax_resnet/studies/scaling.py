@@ -115,10 +115,11 @@ def steps(path: Path) -> list[Step]:
 def points(found: Iterable[Step]) -> list[Point]:
     """Every step on every number of chips, the cheapest first.
 
-    One that was compiled for a single chip alone says nothing of exchanges, and is left out.
+    One that was compiled for a single chip alone says nothing of exchanges, and is left out. Of
+    several ways to compile the same one the cheapest is taken.
     """
     alike: dict[tuple[str, int], dict[int, Step]] = defaultdict(dict)  # by number of chips
-    for step in found:
+    for step in sorted(found, key=lambda step: -step.cycles):
         alike[step.name, step.images][step.chips] = step
     several = (steps for steps in alike.values() if max(steps) > 1)
     by_cost = sorted(several, key=lambda steps: steps[min(steps)].cycles)
@@ -176,7 +177,7 @@ def table(found: Sequence[Point]) -> str:
 
 
 def figure(found: Sequence[Point]) -> "Figure":
-    """Efficiency by the number of chips, a line for each step."""
+    """Efficiency by the number of chips, a line for each step; hollow: compiled for others."""
     with style.settings():
         drawn = drawing.new_figure(4.6, 3.2)
         axes = drawn.subplots()
@@ -191,6 +192,16 @@ def figure(found: Sequence[Point]) -> "Figure":
                 marker=look.marker,
                 markersize=4,
                 label=f"{name}, {images} images a chip",
+            )
+            modelled = [x for x in line if x.step.chips != x.chips]
+            axes.plot(
+                [x.chips for x in modelled],
+                [100 * x.efficiency for x in modelled],
+                color=look.color,
+                linestyle="none",
+                marker=look.marker,
+                markerfacecolor="white",
+                markersize=4,
             )
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(SHAPES), [str(chips) for chips in SHAPES])
