@@ -1,5 +1,7 @@
 """The keys of a network's initial weights."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jaxtyping import Array
@@ -11,7 +13,7 @@ def keys(seed: int | Array) -> nnx.Rngs:
     Args:
         seed: or a key of `jax.random.key`.
     """
-    rngs = nnx.Rngs(seed)
+    rngs: Any = nnx.Rngs(seed)
     rngs.default = Keys(seed, tag="default")
     return rngs
 
