@@ -177,12 +177,19 @@ def table(found: Sequence[Point]) -> str:
 
 
 def figure(found: Sequence[Point]) -> "Figure":
-    """Efficiency by the number of chips, a line for each step; hollow: compiled for others."""
+    """Efficiency by the number of chips, a line for each step.
+
+    Hollow: compiled for others. Pale: with fewer images a chip.
+    """
     with style.settings():
         drawn = drawing.new_figure(4.6, 3.2)
         axes = drawn.subplots()
         lines = dict.fromkeys(x.step[:2] for x in found)
-        for (name, images), look in zip(lines, style.DEPTH_STYLES * len(lines), strict=False):
+        names = list(dict.fromkeys(name for name, _ in lines))
+        for name, images in lines:
+            look = style.DEPTH_STYLES[names.index(name) % len(style.DEPTH_STYLES)]
+            is_fullest = images == max(n for other, n in lines if other == name)
+            alpha = 1 if is_fullest else 0.45
             line = [x for x in found if x.step[:2] == (name, images)]
             axes.plot(
                 [x.chips for x in line],
@@ -191,6 +198,7 @@ def figure(found: Sequence[Point]) -> "Figure":
                 linestyle=look.line,
                 marker=look.marker,
                 markersize=4,
+                alpha=alpha,
                 label=f"{name}, {images} images a chip",
             )
             modelled = [x for x in line if x.step.chips != x.chips]
@@ -202,6 +210,7 @@ def figure(found: Sequence[Point]) -> "Figure":
                 marker=look.marker,
                 markerfacecolor="white",
                 markersize=4,
+                alpha=alpha,
             )
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(SHAPES), [str(chips) for chips in SHAPES])
