@@ -3,8 +3,8 @@
     step = cycles / CLOCK + the sum over its exchanges of (hops x HOP + bytes / bandwidth)
 
 Cycles and exchanges are those of the step as it was compiled for so many chips. Where it was not,
-they are those of fewer chips that have as many images each. docs/scale.md says what the model
-leaves out.
+they are those of fewer chips that have as many images each, or else of more. docs/scale.md says
+what the model leaves out.
 """
 
 import math
@@ -121,21 +121,21 @@ def points(found: Iterable[Step]) -> list[Point]:
     alike: dict[tuple[str, int], dict[int, Step]] = defaultdict(dict)  # by number of chips
     for step in sorted(found, key=lambda step: -step.cycles):
         alike[step.name, step.images][step.chips] = step
-    several = (steps for steps in alike.values() if max(steps) > 1)
-    by_cost = sorted(several, key=lambda steps: steps[min(steps)].cycles)
-    return [on(steps, chips) for steps in by_cost for chips in SHAPES]
+    several = (compiled for compiled in alike.values() if max(compiled) > 1)
+    by_cost = sorted(several, key=lambda compiled: compiled[min(compiled)].cycles)
+    return [on(compiled, chips) for compiled in by_cost for chips in SHAPES]
 
 
-def on(steps: dict[int, Step], chips: int) -> Point:
+def on(compiled: dict[int, Step], chips: int) -> Point:
     """A step on so many chips, as it was compiled for as many, or else for fewer, or else for more.
 
     Args:
-        steps: the same one, by the number of chips that it was compiled for.
+        compiled: the same one, by the number of chips that it was compiled for.
         chips: one of SHAPES.
     """
 
     def nearest(chips: int) -> Step:
-        return steps[max((n for n in steps if n <= chips), default=min(steps))]
+        return compiled[max((n for n in compiled if n <= chips), default=min(compiled))]
 
     step = nearest(chips)
     waits = [seconds(exchange, step.chips, chips) for exchange in step.collectives]
