@@ -30,6 +30,7 @@ from torch_ref.compare.timing_turns import steps_per_round
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "scripts/benchmark.py")]
+COMPILED = ["eager", "inductor", "max-autotune"]  # by PyTorch, on a GPU
 # No display is needed, and no backend of the user's is looked for.
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://no_such_backend"}
 
@@ -71,7 +72,7 @@ def test_rows_and_picture(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_each_variant_is_what_it_is_called(tmp_path: Path) -> None:
     flags = ["--xla_flags=--xla_cpu_enable_fast_math=true", "--xla_flags=--xla_no_such=1"]
-    rows, printed = measured(tmp_path, "--scans=2", *flags)
+    rows, printed = measured(tmp_path, "--scans=1,2", *flags)
     assert [(row["phase"], row["variant"]) for row in rows] == [
         ("train", "default"),
         ("train", "--xla_cpu_enable_fast_math=true"),
@@ -120,7 +121,7 @@ def settings(batch_size: int = 4) -> Experiment:
 
 def test_the_variants_of_training() -> None:
     config = settings()
-    variants = flax_variants(config, "train", scans=[2], xla_flags=["--a --b=1"])
+    variants = flax_variants(config, "train", scans=[1, 2], xla_flags=["--a --b=1"])
     assert [(v.name, v.config.train.steps_per_call, v.xla_flags) for v in variants] == [
         ("default", 1, ""),
         ("--a --b=1", 1, "--a --b=1"),
@@ -145,8 +146,8 @@ def test_an_evaluation_has_no_steps_per_call_and_no_cures() -> None:
     ("phase", "is_gpu", "names"),
     [
         ("train", False, ["eager", "inductor"]),
-        ("eval", True, ["eager", "inductor", "max-autotune"]),
-        ("train", True, ["eager", "inductor", "max-autotune", "cuda graph"]),
+        ("eval", True, COMPILED),
+        ("train", True, [*COMPILED, "cuda graph", "inductor in a cuda graph"]),
     ],
 )
 def test_pytorchs_variants(phase: str, is_gpu: bool, names: list[str]) -> None:

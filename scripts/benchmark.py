@@ -4,9 +4,10 @@ Times the training step (with its augmentation) and the evaluation of Flax and o
 same random images, for every depth, batch size and compute type. Each variant has a process of its
 own; they take turns, --repeats rounds after a warm-up, so that a busy machine slows all alike.
 PyTorch is given the best it has: channels_last and all cores, eager and inductor; on a GPU TF32,
-bfloat16 autocast, fused SGD, torch.compile's modes and a captured CUDA graph. Flax's variants are
+bfloat16 autocast, fused SGD, torch.compile's modes and captured CUDA graphs. Flax's variants are
 --scans, --streamed, --cures and --xla_flags; that they compute the same shows in the loss of their
-first call.
+first call. On a GPU all variants of a size are prepared at the same time, so that their
+compile_seconds are those of a busy host.
 
 Prints a table, and writes a picture (--png) and a list of rows (--json): framework, its version,
 device, depth, batch_size, dtype, phase, variant, ms_median, ms_min, ms_max (milliseconds per batch)
@@ -47,7 +48,7 @@ STREAMED = cli.define_path(
     "one more Flax variant: its images come from this folder, DIR/train/CLASS/*",
 )
 CURES = flags.DEFINE_bool("cures", False, "also leave out each of `flax_resnet/nn/cpu.py`'s cures")
-SCANS = flags.DEFINE_list("scans", [], "more Flax variants: so many steps per call")
+SCANS = flags.DEFINE_list("scans", ["1"], "Flax variants of training: so many steps per call")
 XLA_FLAGS = flags.DEFINE_multi_string(
     "xla_flags", [], "more Flax variants, of all numbers of steps: with this in XLA_FLAGS"
 )
@@ -59,6 +60,7 @@ PHOTOS = cli.define_path(
     "photos", None, "folder of photographs, with --input; default: ../shared/photos"
 )
 IMAGES = flags.DEFINE_integer("images", 2000, "JPEGs that --input reads", lower_bound=64)
+WITHOUT = flags.DEFINE_list("without", [], "variants to leave out, by name, such as max-autotune")
 JSON = cli.define_path("json", None, "file for the rows")
 PNG = cli.define_path("png", None, "file for the picture")
 cli.define_overrides(
@@ -89,7 +91,13 @@ def main() -> None:
         return
     timings: list[Timing] = []
     for config, phase in sizes():
-        turns = take_turns(variants(config, phase), REPEATS.value, SECONDS.value, print_failure)
+        turns = take_turns(
+            variants(config, phase),
+            REPEATS.value,
+            SECONDS.value,
+            print_failure,
+            together=has_gpu(),  # their memory holds all variants, and to wait costs most
+        )
         for timing in turns:
             timings.append(timing)
             if line := timing_table.facts_line(timing):
@@ -142,7 +150,7 @@ def sizes() -> list[tuple[Experiment, str]]:
         (XLA_FLAGS, "flax", ""),
     ):
         is_used = framework in FRAMEWORKS.value and (not phase or phase in PHASES.value)
-        if flag.value and not is_used:
+        if flag.present and flag.value and not is_used:
             raise ConfigError(f"--{flag.name} is about {framework} {phase}, which is not measured")
     found = []
     for depth, batch_size, dtype in itertools.product(
@@ -170,7 +178,7 @@ def variants(config: Experiment, phase: str) -> list[Variant]:
         )
     if "torch" in FRAMEWORKS.value:
         found += torch_variants(config, phase, is_gpu=has_gpu())
-    return found
+    return [variant for variant in found if variant.name not in WITHOUT.value]
 
 
 def print_failure(variant: Variant) -> None:

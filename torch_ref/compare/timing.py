@@ -111,7 +111,7 @@ def flax_variants(
     phase: str,
     *,
     folder: Path | None = None,
-    scans: Sequence[int] = (),
+    scans: Sequence[int] = (1,),
     xla_flags: Sequence[str] = (),
     without_cures: bool = False,
 ) -> list[Variant]:
@@ -119,12 +119,12 @@ def flax_variants(
 
     Args:
         folder: one more variant of training: its images are streamed from this folder.
-        scans: more variants of training, each with so many steps per call.
+        scans: a variant of training each, with so many steps per call.
         xla_flags: more variants, for every number of steps, each with this in XLA_FLAGS.
         without_cures: more variants of training, without each of the CPU's cures and without any.
     """
     variants = []
-    sizes = [1, *scans] if phase == "train" else [1]
+    sizes = scans if phase == "train" else [1]
     for size, flags in itertools.product(sizes, ["", *xla_flags]):
         settings = copy.deepcopy(config)
         settings.train.steps_per_call = size
@@ -148,7 +148,8 @@ def torch_variants(config: Experiment, phase: str, *, is_gpu: bool) -> list[Vari
     """PyTorch's variants of one size: the best it has on such a device."""
     names = ["eager", "inductor"]
     if is_gpu:
-        names += ["max-autotune"] + ["cuda graph"] * (phase == "train")
+        names += ["max-autotune"]
+        names += ["cuda graph", "inductor in a cuda graph"] * (phase == "train")
     return [Variant("torch", name, phase, config) for name in names]
 
 

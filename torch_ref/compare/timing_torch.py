@@ -1,10 +1,10 @@
 """A PyTorch variant made ready to be timed, with all that makes PyTorch fast.
 
 channels_last and all cores; on a GPU TF32, bfloat16 autocast, fused SGD, torch.compile's modes and
-a captured CUDA graph. The data is on the device, too.
+captured CUDA graphs. The data is on the device, too, and so is what the steps of a round see of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,11 @@ from torch_ref.compare.timing import (
 )
 from torch_ref.step import TrainState, eval_step, init, measure, micro_batches
 
-COMPILE_MODES = {"inductor": "default", "max-autotune": "max-autotune"}  # of torch.compile
+COMPILE_MODES = {  # of torch.compile
+    "inductor": "default",
+    "inductor in a cuda graph": "default",
+    "max-autotune": "max-autotune",
+}
 Run = Callable[[int], None]  # so many steps, or the start of them
 Drawn = tuple[Tensor, ...]  # indices, offset, flip; and the fields of a Mix, if there is one
 
@@ -48,6 +52,7 @@ def prepare(variant: Variant) -> Prepared:
     """Compiles the variant and runs it a few times."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    jax.config.update("jax_platforms", "cpu")  # it draws, on the host
     config = variant.config
     data = make_data(config)
     state = init(config)
@@ -66,7 +71,7 @@ def prepare(variant: Variant) -> Prepared:
     if variant.phase == "eval":
         start = evaluation(config, data, forward, autocast)
     else:
-        is_graph = variant.name == "cuda graph"
+        is_graph = variant.name.endswith("cuda graph")
         train = training(config, data, state, forward, autocast, keep_gradients=is_graph)
         state.model.train()
         start = captured(config, data, train) if is_graph else step_by_step(config, data, train)
@@ -150,15 +155,15 @@ def training(
 
 def step_by_step(config: Experiment, data: Data, train: Callable[..., None]) -> Run:
     def run(count: int) -> None:
-        for i in range(count):
-            train(*draw(config, data, i))
+        for drawn in draw(config, data, count):
+            train(*drawn)
 
     return run
 
 
 def captured(config: Experiment, data: Data, train: Callable[..., None]) -> Run:
     """The step as one CUDA graph, whose inputs are written over before each replay."""
-    slots = draw(config, data, 0)
+    (slots,) = draw(config, data, 1)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -169,17 +174,20 @@ def captured(config: Experiment, data: Data, train: Callable[..., None]) -> Run:
         train(*slots)
 
     def run(count: int) -> None:
-        for i in range(count):
-            for slot, new in zip(slots, draw(config, data, i), strict=True):
-                slot.copy_(new, non_blocking=True)
+        for drawn in draw(config, data, count):
+            for slot, new in zip(slots, drawn, strict=True):
+                slot.copy_(new)
             graph.replay()
 
     return run
 
 
-def draw(config: Experiment, data: Data, step: int) -> Drawn:
-    drawn = jax.tree.leaves(draw_steps(config, step, 1, NUM_EXAMPLES))
-    return tuple(torch.as_tensor(x[0]).to(data.device, non_blocking=True) for x in drawn)
+def draw(config: Experiment, data: Data, count: int) -> Iterator[Drawn]:
+    """What so many steps see, sent to the device a hundred at a time, as Flax's are."""
+    for first in range(0, count, 100):
+        size = min(100, count - first)
+        drawn = jax.tree.leaves(draw_steps(config, first, size, NUM_EXAMPLES))
+        yield from zip(*(torch.as_tensor(x).to(data.device) for x in drawn), strict=True)
 
 
 def peak_device_bytes() -> int | None:

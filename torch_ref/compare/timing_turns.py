@@ -15,13 +15,21 @@ from typing import Any, NamedTuple
 from torch_ref.compare.timing import Ready, Timing, Variant, make_timing
 
 
+class Started(NamedTuple):
+    """A variant's process, which prepares it."""
+
+    variant: Variant
+    connection: Connection
+    process: Any  # of the "spawn" context
+
+
 class Worker(NamedTuple):
-    """A variant's process, as this one sees it."""
+    """A variant's process, which waits to be told how many steps to run."""
 
     variant: Variant
     ready: Ready
     connection: Connection
-    process: Any  # of the "spawn" context
+    process: Any
 
 
 def take_turns(
@@ -29,18 +37,22 @@ def take_turns(
     repeats: int,
     seconds: float,
     report_failure: Callable[[Variant], None],
+    *,
+    together: bool = False,
 ) -> Iterator[Timing]:
     """Times variants of the same size: `repeats` rounds after a warm-up.
 
     Args:
         seconds: how long a variant runs in a round.
         report_failure: called with a variant that could not be prepared; the others go on.
+        together: prepare all at the same time; `compile_seconds` is then that of a busy host.
     """
+    started = [start(variant) for variant in variants] if together else map(start, variants)
     workers = []
-    for variant in variants:
-        worker = start(variant)
+    for one in started:
+        worker = when_ready(one)
         if worker is None:
-            report_failure(variant)
+            report_failure(one.variant)
         else:
             workers.append(worker)
     counts = []
@@ -57,15 +69,19 @@ def take_turns(
         yield make_timing(worker.variant, worker.ready, times, facts)
 
 
-def start(variant: Variant) -> Worker | None:
-    """The variant's process, once it is ready; None if it failed."""
+def start(variant: Variant) -> Started:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, variant), daemon=True)
     process.start()
     theirs.close()
+    return Started(variant, ours, process)
+
+
+def when_ready(one: Started) -> Worker | None:
+    """The process once its variant is prepared; None if that failed."""
     try:
-        return Worker(variant, ours.recv(), ours, process)
+        return Worker(one.variant, one.connection.recv(), one.connection, one.process)
     except EOFError:
         return None
 
@@ -86,6 +102,8 @@ def serve(connection: Connection, variant: Variant) -> None:
     if variant.xla_flags:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} {variant.xla_flags}".strip()
+    # The others need the GPU's memory, too; JAX would take three quarters of it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     framework = framework_of(variant)
     prepared = framework.prepare(variant)
     connection.send(prepared.ready)
