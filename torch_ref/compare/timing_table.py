@@ -1,5 +1,7 @@
 """The benchmark's rows as a table, as lines and as a picture."""
 
+import itertools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +27,14 @@ def line(timing: Timing, best: float | None) -> str:
     ratio = f"{t.ms_median / best:.2f}" if best else "-"
     return (
         f"| ResNet-{t.depth} | {t.batch_size} | {t.dtype} | {t.phase} | {t.framework}, {t.variant} "
-        f"| {t.ms_median:.1f} ({t.ms_min:.1f}-{t.ms_max:.1f}) "
+        f"| {digits(t.ms_median)} ({digits(t.ms_min)}-{digits(t.ms_max)}) "
         f"| {t.images_per_second:.0f} | {ratio} |"
     )
+
+
+def digits(ms: float) -> str:
+    """A hundredth where a step takes less than ten milliseconds, as on a GPU; else a tenth."""
+    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}"
 
 
 def best_torch(timings: Sequence[Timing], like: Timing) -> float | None:
@@ -48,13 +55,24 @@ def facts_line(timing: Timing) -> str:
 
 
 def draw(timings: Sequence[Timing], path: Path) -> None:
-    """A bar for each row: the median, with the fastest and the slowest round."""
-    figure = drawing.new_figure(9.0, 0.8 + 0.32 * len(timings))
+    """A bar for each row: the median, with the fastest and the slowest round.
+
+    What all rows have in common stands in the title.
+    """
+    figure = drawing.new_figure(10.0, 0.8 + 0.32 * len(timings))
     axis = figure.subplots()
+    sizes = [(f"ResNet-{t.depth}", f"batch {t.batch_size}", t.dtype, t.phase) for t in timings]
+    is_shared = [len(set(column)) == 1 for column in zip(*sizes, strict=True)]
+    shared = itertools.compress(sizes[0], is_shared)
     names = [
-        f"ResNet-{t.depth}, {t.batch_size} x {t.dtype}, {t.phase}: "
-        f"{LIBRARY[t.framework]} {t.version}, {t.variant}"
-        for t in timings
+        ", ".join(
+            [
+                *itertools.compress(size, map(operator.not_, is_shared)),
+                f"{LIBRARY[t.framework]} {t.version}",
+                t.variant,
+            ]
+        )
+        for size, t in zip(sizes, timings, strict=True)
     ]
     errors = [
         [t.ms_median - t.ms_min for t in timings],
@@ -72,7 +90,9 @@ def draw(timings: Sequence[Timing], path: Path) -> None:
     axis.set_yticks(range(len(timings)), names, fontsize=8)
     axis.invert_yaxis()
     axis.margins(y=0.01)
-    axis.set_xlabel("ms per batch: median, fastest and slowest round")
+    axis.set_xlabel("ms per batch")
     axis.grid(axis="x", alpha=0.3)
-    axis.set_title(timings[0].device, fontsize=10)
+    figure.suptitle(
+        ", ".join([timings[0].device, *shared, "median, fastest and slowest round"]), fontsize=10
+    )
     drawing.save(figure, path, dpi=150)
