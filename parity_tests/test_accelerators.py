@@ -6,8 +6,11 @@ program is then run on the CPU, in float64 (tolerance 1e-12 of each tensor's lar
 """
 
 import re
+from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,12 +18,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from flax_resnet import platforms
-from flax_resnet.config import DType, Experiment, ResNetConfig, Shortcut
+from flax_resnet.config import Dataset, DType, Experiment, ResNetConfig, Shortcut
 from flax_resnet.data import digits, pixels
 from flax_resnet.parallel import sharding
 from flax_resnet.step import init
+from flax_resnet.training import loop
 from flax_resnet.training.feed import draw_steps
 from flax_resnet.training.loop import compile_steps
+from flax_resnet.training.metrics_log import read_metrics
+from flax_resnet.training.reporter import Clock, Done
+from flax_resnet.training.workdir import open_run
 
 TOLERANCE = 1e-12
 CURES = re.compile('inlineable = "false"')
@@ -101,3 +108,51 @@ def test_the_program_lowers(
     in_bfloat16 = [line for line in convolutions if "xbf16" in line]
     assert not all(FOR_CPU in line for line in convolutions)
     assert len(in_bfloat16) == (len(convolutions) if dtype is DType.BFLOAT16 else 0)
+
+
+def test_the_rate_is_of_the_calls_wherever_the_host_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call takes a second, as does handing the next one over; an evaluation takes five."""
+    monkeypatch.setattr(loop, "wait_for", lambda metrics: metrics)  # here: when it ends
+    now, rates, told_at = 0.0, [], []
+    clock = Clock([], 0)
+
+    def calls() -> Generator[Done]:
+        nonlocal now
+        for step in range(1, 9):
+            now += 1
+            state: Any = object() if step % 4 == 0 else None
+            metrics: Any = now
+            yield Done(step, 1, metrics, None, state)
+
+    for done in loop.delayed(loop.timed(calls())):
+        assert done.ended_at is not None
+        clock.tick(10, done.ended_at.result())
+        rates.append(clock.lap().get("images_per_second"))
+        told_at.append(now)
+        if done.to_evaluate is not None:
+            now += 5
+            clock.restart_lap(now)
+    assert rates == [None, *7 * [10]]
+    # The mutant looks at its watch when it is told: two calls end at once after each evaluation.
+    assert told_at == [2, 3, 4, 4, 11, 12, 13, 13]
+
+
+@pytest.mark.slow
+def test_a_run_there_is_logged_evaluated_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Experiment(model=ResNetConfig(8))
+    config.data.name = Dataset.DIGITS
+    settings = config.train
+    settings.batch_size, settings.steps, settings.eval_batch_size = 8, 8, 360
+    settings.log_every = settings.checkpoint_every = 2
+    settings.evaluate_every, config.optim.boundaries = 4, ()
+    monkeypatch.setattr(platforms, "on_cpu", lambda mesh=None: False)
+    summary = loop.fit(config, tmp_path)
+    rows = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [(row["step"], row["split"]) for row in rows] == [
+        *((2, "train"), (4, "train"), (4, "test")),
+        *((6, "train"), (8, "train"), (8, "test")),
+    ]
+    assert ["images_per_second" in row for row in rows] == [False, True, False, True, True, False]
+    assert open_run(tmp_path).step == summary["steps"] == 8

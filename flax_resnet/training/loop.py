@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -32,7 +33,7 @@ from flax_resnet.training.evaluation import Evaluation
 from flax_resnet.training.feed import Feed, batch_of, make_feed
 from flax_resnet.training.metrics_log import MetricsLog, Row, SilentLog, read_metrics
 from flax_resnet.training.pictures import draw_pictures
-from flax_resnet.training.reporter import Done, Reporter, is_due, progress_bar
+from flax_resnet.training.reporter import Done, Reporter, is_due, progress_bar, wait_for
 from flax_resnet.training.signals import Stopped, StopSignal, stop_signal
 from flax_resnet.training.starting_network import with_network_of
 from flax_resnet.training.starting_weights import with_weights_of
@@ -169,10 +170,13 @@ def train(
                 report.make_up(state, (before or config).train.evaluate_every)
             calls = run_steps(config, mesh, call, state, feed, stop)
             del state, restored  # whose memory is given to the first call
-            for done in delayed(calls, not platforms.on_cpu(mesh)):
-                stopped_by = report(done)
-                if stopped_by:
-                    break
+            if not platforms.on_cpu(mesh):
+                calls = delayed(timed(calls))
+            with contextlib.closing(calls):
+                for done in calls:
+                    stopped_by = report(done)
+                    if stopped_by:
+                        break
     stop.nothing_to_save = True
     if done is not None and stopped_by:
         raise Stopped(stopped_by, f"at step {done.step}, which is saved")
@@ -186,7 +190,7 @@ def run_steps(
     state: TrainState,
     feed: Feed,
     stop: StopSignal,
-) -> Iterator[Done]:
+) -> Generator[Done]:
     """Hands call after call to the devices, and tells of each at once: it may still be running.
 
     Args:
@@ -217,23 +221,33 @@ def run_steps(
         )
 
 
-def delayed(calls: Iterator[Done], delay: bool) -> Iterator[Done]:
+def timed(calls: Generator[Done]) -> Generator[Done]:
+    """The same calls, each with the time at which it ends, which a thread waits for.
+
+    The host may look later: to hand a GPU the next call can take as long as the call itself.
+    """
+    with contextlib.closing(calls), ThreadPoolExecutor(1) as waiting:
+        for done in calls:
+            yield done._replace(ended_at=waiting.submit(wait_for, done.metrics))
+
+
+def delayed(calls: Generator[Done]) -> Generator[Done]:
     """The same calls, each told when the next is under way, so that no device waits for the host.
 
-    An evaluation holds the next call up: its state is there only until then. Without `delay`
-    nothing waits: where host and device are the same processor it could only lose by two steps'
-    memory at once.
+    An evaluation holds the next call up: its state is there only until then. Where host and device
+    are the same processor this could only lose by two steps' memory at once.
     """
     previous: Done | None = None
-    for done in calls:
+    with contextlib.closing(calls):
+        for done in calls:
+            if previous is not None:
+                yield previous
+            previous = done
+            if done.to_evaluate is not None:
+                yield done
+                previous = None
         if previous is not None:
             yield previous
-        previous = done
-        if not delay or done.to_evaluate is not None:
-            yield done
-            previous = None
-    if previous is not None:
-        yield previous
 
 
 def compile_steps(

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ class Done(NamedTuple):
     to_save: TrainState | None  # a copy
     to_evaluate: TrainState | None  # gone as soon as the next call is made
     stopped_by: int = 0  # the signal that ends the run here
+    ended_at: Future[float] | None = None  # seconds of `time.perf_counter`; None: when one looks
 
 
 class Interrupted(Exception):
@@ -83,9 +85,9 @@ class Reporter:
         Raises:
             TrainingError: the loss is not finite; nothing is saved then.
         """
-        jax.block_until_ready(done.metrics)
+        now = wait_for(done.metrics) if done.ended_at is None else done.ended_at.result()
         self.stop.nothing_to_save = False
-        self.clock.tick(done.size * self.settings.batch_size)
+        self.clock.tick(done.size * self.settings.batch_size, now)
         self.bar.update(done.size)
         if is_due(done.step, self.settings.log_every, self.settings):
             self.log_training(done)
@@ -111,7 +113,7 @@ class Reporter:
             row = self.evaluate(*arrays, self.after_batch).mean()
             error = row["error"]
             self.metrics_log.append({"step": step, "split": split} | row)
-        self.clock.restart_lap()
+        self.clock.restart_lap(time.perf_counter())
         return error
 
     def after_batch(self, total: Metrics) -> None:
@@ -169,8 +171,16 @@ def progress_bar(config: Experiment, step: int) -> tqdm:
     )
 
 
+def wait_for(metrics: Metrics) -> float:
+    """The time at which the devices have computed them."""
+    jax.block_until_ready(metrics)
+    return time.perf_counter()
+
+
 class Clock:
     """Wall time of a run, over all its sessions, and the rate of training steps alone.
+
+    All times are those of `time.perf_counter`.
 
     Args:
         rows: of the log so far, whose last one tells how long earlier sessions took.
@@ -180,25 +190,29 @@ class Clock:
     def __init__(self, rows: list[Row], step: int):
         before = [row["seconds"] for row in rows if "seconds" in row]
         self.is_known = bool(before) or not step
-        self.start = time.perf_counter() - max(before, default=0)
+        self.now = time.perf_counter()
+        self.start = self.now - max(before, default=0)
         self.compiled = False
-        self.restart_lap()
+        self.restart_lap(self.now)
 
-    def restart_lap(self) -> None:
-        self.lap_start, self.lap_images = time.perf_counter(), 0
+    def restart_lap(self, now: float) -> None:
+        self.lap_start, self.lap_images = now, 0
 
-    def tick(self, images: int) -> None:
-        """Counts a call. The first one of a session compiles, so the rate starts after it."""
+    def tick(self, images: int, now: float) -> None:
+        """Counts a call that has ended. The rate starts after a session's first: it compiles."""
+        self.now = now
         self.lap_images += images
         if not self.compiled:
             self.compiled = True
-            self.restart_lap()
+            self.restart_lap(now)
 
     def lap(self) -> Row:
-        """Seconds since the run began, and images per second since the last lap, if known."""
-        now = time.perf_counter()
-        row = {"seconds": now - self.start} if self.is_known else {}
+        """Seconds from the run's beginning to the end of the last call.
+
+        And images per second since the last lap, if known.
+        """
+        row = {"seconds": self.now - self.start} if self.is_known else {}
         if self.lap_images:
-            row["images_per_second"] = self.lap_images / (now - self.lap_start)
-        self.restart_lap()
+            row["images_per_second"] = self.lap_images / (self.now - self.lap_start)
+        self.restart_lap(self.now)
         return row
