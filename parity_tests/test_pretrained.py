@@ -97,6 +97,10 @@ def test_the_card_says_what_the_run_says(weights: Path) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_whoever_may_read_the_card_may_read_the_weights(weights: Path) -> None:
+    assert weights.stat().st_mode == weights.with_suffix(".json").stat().st_mode
+
+
 def test_the_card_says_how_parity_was_checked(weights: Path) -> None:
     torch = pytest.importorskip("torch", reason="the check is against PyTorch")
     parity = pretrained.read_card(weights).tree["parity"]

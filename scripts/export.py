@@ -6,6 +6,7 @@ PyTorch is installed). `flax_resnet.load_pretrained` reads them, without PyTorch
 those of the newest checkpoint's step; WORKDIR/checkpoints/STEP exports another one.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 from absl import flags
 
 from flax_resnet import cli, places
-from flax_resnet.config import ResNetConfig
+from flax_resnet.config import Dataset, Experiment, ResNetConfig
 from flax_resnet.errors import ConfigError, WeightsError
 from flax_resnet.training.metrics_log import read_metrics
 from flax_resnet.training.mirror import fetch
@@ -36,7 +37,7 @@ def main(source: str, out: str) -> None:
     facts = {"examples": data.examples, "classes": list(classes)}
     facts |= measured(run.directory, run.step)
     weights = run.state.params, run.state.batch_stats
-    arguments = (run.config, *weights, data.normalization, run.step)
+    arguments = (without_place(run.config), *weights, data.normalization, run.step)
     pretrained.write(path, *arguments, facts)
     try:
         parity = check(path, run.config.model)
@@ -47,6 +48,14 @@ def main(source: str, out: str) -> None:
     pretrained.write(path, *arguments, facts | {"parity": parity})
     print(f"written: {path} ({path.stat().st_size:,} bytes) and {path.with_suffix('.json').name}")
     print(json.dumps({"step": run.step, **facts, "parity": parity}))
+
+
+def without_place(config: Experiment) -> Experiment:
+    """Without where the data set lay on that machine: it is known by its name."""
+    config = copy.deepcopy(config)
+    if config.data.name is not Dataset.FOLDER:
+        config.data.dir = None
+    return config
 
 
 def measured(directory: Path, step: int) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def _to_json(array: np.ndarray) -> dict[str, Any]:
 
 
 def _from_json(tree: dict[str, Any]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(tree["float64"]), "<f8").reshape(tree["shape"])
+    numbers = np.frombuffer(base64.b64decode(tree["float64"]), "<f8")
+    return numbers.reshape(tree["shape"]).copy()  # PyTorch warns of what cannot be written to
 
 
 def make_normalization(

@@ -297,7 +297,8 @@ def write(path: Path, state_dict: StateDict, layout: Layout, header: Header | No
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".safetensors":
-            safetensors.numpy.save_file(dict(state_dict), temporary, to_metadata(header))
+            # `save_file` would make a file that nobody else may read.
+            temporary.write_bytes(safetensors.numpy.save(dict(state_dict), to_metadata(header)))
         else:
             content: dict[str, Any] = tensors(state_dict)
             if layout is Layout.AKAMASTER:
