@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,13 +16,19 @@ from flax_resnet.config import (
     Stages,
     Stride,
 )
+from flax_resnet.data import pixels
+from flax_resnet.data.pixels import Normalization
+from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.nn.scan import Tree
 from flax_resnet.resnet import ResNet, abstract
 from flax_resnet.weights.state_dict import to_state_dict
 
 torch = pytest.importorskip("torch", reason="the other side of every equation here is PyTorch")
 
-from torch_ref.resnet import ResNet as TorchResNet  # noqa: E402 (it needs torch)
+from torch_ref import pixels as torch_pixels  # noqa: E402 (it needs torch)
+from torch_ref.resnet import ResNet as TorchResNet  # noqa: E402
+
+BATCH_SIZE = 200  # of images that go through a network at once
 
 # The networks with ImageNet's stages, in float64 and with few classes. The last is tanjeffreyz's,
 # whose images have one channel.
@@ -127,3 +134,27 @@ def relative(ours: object, theirs: object) -> float:
     a, b = (np.asarray(x.detach() if hasattr(x, "detach") else x) for x in (ours, theirs))
     assert a.shape == b.shape
     return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def flax_logits(model: Any, image: np.ndarray, constants: Normalization) -> np.ndarray:
+    """Ours, so many images at a time."""
+    call = jax.jit(
+        lambda x: model(pixels.normalize(x, constants, jnp.float32)),
+        compiler_options=compiler_options(),
+    )
+    size = len(image)
+    image = np.pad(image, ((0, -size % BATCH_SIZE), (0, 0), (0, 0), (0, 0)))
+    parts = [call(image[i : i + BATCH_SIZE]) for i in range(0, len(image), BATCH_SIZE)]
+    return np.concatenate(parts)[:size]
+
+
+@torch.inference_mode()
+def torch_logits(
+    twin: "torch.nn.Module", image: np.ndarray, constants: Normalization
+) -> np.ndarray:
+    """The twin's, so many images at a time."""
+    parts = [
+        twin(torch_pixels.normalize(image[i : i + BATCH_SIZE], *constants))
+        for i in range(0, len(image), BATCH_SIZE)
+    ]
+    return torch.cat(parts).numpy()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -25,14 +24,13 @@ from flax_resnet.config import ChannelPad, Preprocess, Shortcut
 from flax_resnet.data import cifar, pixels
 from flax_resnet.data.examples import Examples
 from flax_resnet.data.pixels import Normalization
-from flax_resnet.nn.cpu import compiler_options
 from flax_resnet.parallel.sharding import AXIS
 from flax_resnet.training.evaluation import make_evaluate_by_batch_statistics
 from flax_resnet.weights import files
 from flax_resnet.weights.layouts import Layout, StateDict, by_name
 from flax_resnet.weights.state_dict import UNUSED, Imported, from_state_dict
 from parity_tests.data_sets import need_checkpoint, need_cifar10
-from parity_tests.pair import images, relative, to_torch, torch
+from parity_tests.pair import flax_logits, images, relative, to_torch, torch, torch_logits
 from torch_ref import pixels as torch_pixels
 from torch_ref.resnet import ResNet as TorchResNet
 
@@ -71,7 +69,6 @@ TANJEFFREYZ = Published(
     step=160 * 391 + 40 * 79,
 )
 BOTH = [pytest.param(p, id=p.layout.value) for p in (AKAMASTER, TANJEFFREYZ)]
-BATCH_SIZE = 200
 
 
 def read(published: Published) -> files.Contents:
@@ -96,26 +93,6 @@ def twin_of(imported: Imported, state_dict: StateDict) -> TorchResNet:
     arrays = {name: state_dict[key] for name, key in keys.items() if name in known}
     twin.load_state_dict(files.tensors(arrays))
     return twin
-
-
-def flax_logits(model: Any, image: np.ndarray, constants: Normalization) -> np.ndarray:
-    call = jax.jit(
-        lambda x: model(pixels.normalize(x, constants, jnp.float32)),
-        compiler_options=compiler_options(),
-    )
-    size = len(image)
-    image = np.pad(image, ((0, -size % BATCH_SIZE), (0, 0), (0, 0), (0, 0)))
-    parts = [call(image[i : i + BATCH_SIZE]) for i in range(0, len(image), BATCH_SIZE)]
-    return np.concatenate(parts)[:size]
-
-
-@torch.inference_mode()
-def torch_logits(twin: torch.nn.Module, image: np.ndarray, constants: Normalization) -> np.ndarray:
-    parts = [
-        twin(torch_pixels.normalize(image[i : i + BATCH_SIZE], *constants))
-        for i in range(0, len(image), BATCH_SIZE)
-    ]
-    return torch.cat(parts).numpy()
 
 
 @pytest.mark.parametrize("published", BOTH)

@@ -53,7 +53,7 @@ class Installed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Built from a copy of the checkout to which published weights are added."""
+    """Built from a copy of the checkout to which more published weights are added."""
     at = tmp_path_factory.mktemp("wheel")
     checkout = at / "checkout"
     checkout.mkdir()
@@ -63,7 +63,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
             shutil.copytree(ROOT / part, checkout / part, ignore=ignored)
         else:
             shutil.copy(ROOT / part, checkout / part)
-    (checkout / "results/weights").mkdir(parents=True)
+    shutil.copytree(ROOT / "results/weights", checkout / "results/weights")
     for ending in (".safetensors", ".json"):
         shutil.copy(GOLDEN / f"paper{ending}", checkout / f"results/weights/made-up{ending}")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -148,10 +148,11 @@ def test_an_experiment_starts_its_workers(installed: Installed) -> None:
 
 def test_published_weights_come_with_it(installed: Installed) -> None:
     program = "import flax_resnet; print(flax_resnet.load_pretrained('{}'))"
-    assert "BasicBlock" in installed.output("python", "-c", program.format("made-up"))
+    for name in ("resnet20", "made-up"):
+        assert "BasicBlock" in installed.output("python", "-c", program.format(name))
     other = installed.run("python", "-c", program.format("other"))
     assert "no weights called 'other'" in other.stderr
-    assert "(there are: made-up)" in other.stderr
+    assert "(there are: made-up, resnet20)" in other.stderr
 
 
 def test_a_config_that_there_is_not(installed: Installed) -> None:
