@@ -290,6 +290,7 @@ WEIGHTS = ROOT / "parity_tests/golden/weights/paper.safetensors"
         ("benchmark --phases=eval --scans=2", "--scans is about flax train, which is not measured"),
         ("benchmark --config.model.depth=8", "--config.model.depth is --depths here"),
         ("plot --published=x .", "--published is drawn in --out, which is missing"),
+        ("plot --only=depth .", "--only is drawn in --out, which is missing"),
         ("reproduce depth --config.data.dir=x", "--config.data.dir is --data_dir here"),
     ],
 )

@@ -42,6 +42,16 @@ def test_a_folder_of_runs_becomes_a_table_and_figures(tmp_path: Path) -> None:
         assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
 
 
+@pytest.mark.slow
+def test_only_the_figures_that_are_named(tmp_path: Path) -> None:
+    run = plot(tmp_path, str(GOLDEN), "--out=figures", "--only=curves,depth")
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: --only must name figures that these runs suffice for, got depth\n"
+    )
+    assert sorted(x.name for x in (tmp_path / "figures").iterdir()) == ["curves.png", "curves.svg"]
+
+
 def test_a_folder_of_experiments_becomes_an_index(tmp_path: Path) -> None:
     names = ["paper", "reference"]
     for name in names:

@@ -3,8 +3,9 @@
 RUNS are work directories, what reproduce.py keeps of them, or folders of either. Runs that differ
 in their seeds alone are drawn as one, by their mean and standard deviation. Drawn is what the runs
 suffice for, each as PNG and SVG: plain_vs_residual (or curves), side_by_side, depth and
-layer_responses. Where DIR holds runs itself, its README.md is written too. With --index RUNS is a
-folder of experiments, such as results, and its README.md is written.
+layer_responses; or those of them that --only names. Where DIR holds runs itself, its README.md is
+written too. With --index RUNS is a folder of experiments, such as results, and its README.md is
+written.
 """
 
 import sys
@@ -21,6 +22,7 @@ from flax_resnet.studies.runs import find_runs
 from flax_resnet.training.mirror import fetch
 
 OUT = cli.define_path("out", None, "directory for the figures; made if need be")
+ONLY = flags.DEFINE_list("only", [], "the figures to draw, such as side_by_side; default: all")
 PUBLISHED = cli.define_path(
     "published", None, "folder of tanjeffreyz's published metrics: its test curves are drawn too"
 )
@@ -28,11 +30,12 @@ INDEX = flags.DEFINE_bool("index", False, "write the table of all experiments in
 
 
 def main(*runs: str) -> None:
-    for flag in (OUT, PUBLISHED):
+    for flag in (OUT, PUBLISHED, ONLY):
         if INDEX.value and flag.present:
             raise ConfigError(f"--{flag.name} would change nothing beside --index")
-    if PUBLISHED.value and not OUT.value:
-        raise ConfigError("--published is drawn in --out, which is missing")
+    for flag in (PUBLISHED, ONLY):
+        if flag.value and not OUT.value:
+            raise ConfigError(f"--{flag.name} is drawn in --out, which is missing")
     if INDEX.value:
         for root in runs:
             tables.write_index(places.local_path(root, "RUNS"))
@@ -43,7 +46,11 @@ def main(*runs: str) -> None:
     if OUT.value:
         out = OUT.value
         published = read_published_curves(PUBLISHED.value) if PUBLISHED.value else None
-        drawn, failed = figures.draw_all(groups, out, published)
+        drawn, failed = figures.draw_all(groups, out, published, ONLY.value)
+        if missing := sorted(set(ONLY.value) - {Path(name).stem for name in (*drawn, *failed)}):
+            raise ConfigError(
+                f"--only must name figures that these runs suffice for, got {', '.join(missing)}"
+            )
         if list(out.glob("*/summary.json")):
             tables.write_readme(out, drawn)
         print(f"written to {out}: {', '.join(drawn) or 'nothing'}", file=sys.stderr)

@@ -45,13 +45,19 @@ class Drawn(NamedTuple):
     failed: list[str]  # which a warning told of
 
 
-def draw_all(groups: Sequence[Group], out: Path, published: Curves | None = None) -> Drawn:
+def draw_all(
+    groups: Sequence[Group],
+    out: Path,
+    published: Curves | None = None,
+    only: Sequence[str] = (),
+) -> Drawn:
     """Every figure that `groups` have the runs for, as PNG and SVG.
 
     Of several datasets, that of most groups is drawn.
 
     Args:
         published: curves of `published.read_published_curves`, to be drawn beside ours.
+        only: the figures to draw, by name; none: all.
     """
     published = published or {}
     out.mkdir(parents=True, exist_ok=True)
@@ -70,6 +76,8 @@ def draw_all(groups: Sequence[Group], out: Path, published: Curves | None = None
         wanted["depth"] = partial(error_by_depth, groups)
     if responded(groups):
         wanted["layer_responses"] = partial(layer_responses, groups)
+    if only:
+        wanted = {name: draw for name, draw in wanted.items() if name in only}
     written = []
     for name, draw in wanted.items():
         with drawing.attempted(f"{out / name}.png"), settings():
