@@ -288,6 +288,8 @@ WEIGHTS = ROOT / "parity_tests/golden/weights/paper.safetensors"
             "--config.model.depth would change nothing: --checkpoint says it",
         ),
         ("benchmark --phases=eval --scans=2", "--scans is about flax train, which is not measured"),
+        ("benchmark --frameworks=flax --without=x", "--without must be of default, got 'x'"),
+        ("benchmark --frameworks=flax --without=default", "--without leaves nothing to measure"),
         ("benchmark --config.model.depth=8", "--config.model.depth is --depths here"),
         ("plot --published=x .", "--published is drawn in --out, which is missing"),
         ("plot --only=depth .", "--only is drawn in --out, which is missing"),

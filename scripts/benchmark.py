@@ -90,9 +90,9 @@ def main() -> None:
         measure_input()
         return
     timings: list[Timing] = []
-    for config, phase in sizes():
+    for some in wanted_variants():
         turns = take_turns(
-            variants(config, phase),
+            some,
             REPEATS.value,
             SECONDS.value,
             print_failure,
@@ -165,6 +165,18 @@ def sizes() -> list[tuple[Experiment, str]]:
     return found
 
 
+def wanted_variants() -> list[list[Variant]]:
+    """Those of every size, but for what --without names."""
+    found = [variants(config, phase) for config, phase in sizes()]
+    names = {variant.name: None for some in found for variant in some}
+    for name in WITHOUT.value:
+        if name not in names:
+            raise ConfigError(f"--without must be of {', '.join(names)}, got {name!r}")
+    if not names.keys() - set(WITHOUT.value):
+        raise ConfigError("--without leaves nothing to measure")
+    return [[variant for variant in some if variant.name not in WITHOUT.value] for some in found]
+
+
 def variants(config: Experiment, phase: str) -> list[Variant]:
     found: list[Variant] = []
     if "flax" in FRAMEWORKS.value:
@@ -178,7 +190,7 @@ def variants(config: Experiment, phase: str) -> list[Variant]:
         )
     if "torch" in FRAMEWORKS.value:
         found += torch_variants(config, phase, is_gpu=has_gpu())
-    return [variant for variant in found if variant.name not in WITHOUT.value]
+    return found
 
 
 def print_failure(variant: Variant) -> None:
