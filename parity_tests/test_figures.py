@@ -143,6 +143,20 @@ def test_side_by_side_is_plain_left_and_residual_right(runs: Path) -> None:
             assert test.get_linewidth() > 2 * train.get_linewidth()
 
 
+def test_a_row_is_as_high_as_its_numbers(tmp_path: Path) -> None:
+    """tanjeffreyz published two runs of ResNet-56 A, whose errors stand below each other."""
+    for name in ("plain-56-s0", "A-56-s0"):
+        write_run(tmp_path, name)
+    figure = figures.curves(group_runs(find_runs([tmp_path])))
+    (table,) = figure.axes[1].tables
+    cells = table.get_celld()
+    head, plain, residual = ({cells[row, i].get_height() for i in range(6)} for row in range(3))
+    assert "\n" in cells[2, 5].get_text().get_text()
+    assert head == plain
+    assert len(residual) == 1
+    assert min(residual) > 1.5 * max(plain)
+
+
 def test_responses_are_drawn_in_order_and_ranked(runs: Path) -> None:
     upper, lower = figures.layer_responses(groups(runs)).axes
     drawn = {line.get_label(): line.get_ydata() for line in upper.lines}

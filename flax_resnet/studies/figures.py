@@ -225,6 +225,8 @@ def draw_table(axes: "Axes", groups: Sequence[Group]) -> None:
     table.scale(1, 1.5)
     for (row, column), cell in table.get_celld().items():
         cell.set_linewidth(0.5)
+        lines = 1 + max(text.count("\n") for text in [head, *cells][row])  # of its tallest cell
+        cell.set_height(cell.get_height() * (1 + 0.6 * (lines - 1)))
         cell.get_text().set_fontweight("bold" if row == 0 else "normal")
         cell.get_text().set_horizontalalignment("left" if column == 0 else "center")
     n = {len(group.runs) for group in groups}
