@@ -76,6 +76,7 @@ def test_flax_computes_these_logits() -> None:
 
 
 def test_pytorch_reads_the_same_file_and_computes_them_too() -> None:
+    # The largest is 19, and float64's rounding some 1e-15 of it in each of 20 layers.
     np.testing.assert_allclose(pytorchs_logits(), np.load(LOGITS), rtol=0, atol=1e-11)
 
 
@@ -98,10 +99,9 @@ def test_on_cifar10_it_errs_as_often_as_its_card_says() -> None:
     assert np.array_equal(ours.argmax(1), torch_logits(network, image, constants).argmax(1))
     errors = (ours.argmax(1) != label).sum()
     print(f"{errors} of {len(label)} wrong, {100 * errors / len(label):.2f} %")
-    if len(label) == said["examples"]["test"]:
-        assert abs(errors - said["test_error"] * len(label)) <= NEAR_TIES
-    else:  # the whole of CIFAR-10: the card is of a part
-        assert errors / len(label) < 0.1
+    wrong = round(said["test_error"] * said["examples"]["test"])
+    others = len(label) - said["examples"]["test"]  # of all of CIFAR-10; the card is of a part
+    assert wrong - NEAR_TIES <= errors <= wrong + NEAR_TIES + others
 
 
 if __name__ == "__main__":
